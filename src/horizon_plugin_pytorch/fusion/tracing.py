@@ -1,0 +1,332 @@
+"""Symbolic tracing that keeps whole what it cannot or need not look into.
+
+A module in whose body nothing could fuse stays one call (so it keeps its hooks, its names and its behaviour in training), and so
+does one that cannot be traced: the road around it is still traced, and its own parts are then looked at one by one.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from horizon_plugin_pytorch.fusion import operators, patterns
+from horizon_plugin_pytorch.nn.intrinsic import FusedGroup, Handoff
+from horizon_plugin_pytorch.nn.intrinsic.handoff import AnchorInput
+
+_LIBRARIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
+
+
+def expect_default(value: Any, default: Any, name: str) -> None:
+    """A traced forward was specialized to an argument's default; raise if it is called with something else."""
+    if value is not default and (isinstance(value, torch.Tensor) or value != default):
+        raise ValueError(
+            f"forward was traced with {name}={default!r}. To pass it, give fuse_fx example_inputs that contain it."
+        )
+
+
+@dataclass
+class Traced:
+    """The graph of one module, and the modules inside that were left whole, with the reason."""
+
+    root: nn.Module
+    graph: fx.Graph
+    left_whole: dict[str, str] = field(default_factory=dict)
+
+
+class FusionTracer(fx.Tracer):
+    """`fx.Tracer` with buffers as graph values, source lines and modules left whole; see the module docstring.
+
+    Args:
+        given: names of forward's arguments that are passed; the others are specialized to their defaults.
+    """
+
+    def __init__(self, given: frozenset[str] = frozenset()) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = True
+        self.given = given
+        self.left_whole: dict[str, str] = {}
+        self._interesting = 0
+        self._attributes: dict[str, fx.Proxy] = {}
+
+    # -- leaves -------------------------------------------------------------------------------------------------------------
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, Handoff):
+            return False
+        return isinstance(m, FusedGroup) or is_known(m) or super().is_leaf_module(m, module_qualified_name) or is_stub(m)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if any(isinstance(a, AnchorInput) for a in args) or isinstance(m, Handoff):
+            return forward(*args, **kwargs)
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            if is_known(m) or isinstance(m, FusedGroup):
+                self._interesting += 1
+            return super().call_module(m, forward, args, kwargs)
+        if hooks := [table for table in patterns.HOOK_TABLES if getattr(m, table, None)]:
+            self.left_whole[path] = f"it has {hooks[0].strip('_').replace('_', ' ')}, which see its inputs or outputs"
+            return self.create_proxy("call_module", path, args, kwargs)
+
+        mark, stack, interesting = self.graph._root.prev, dict(self.module_stack), self._interesting
+        whole = dict(self.left_whole)
+        check, m.__dict__["_check_input_dim"] = m.__dict__.get("_check_input_dim"), _no_check  # compares a rank with a number
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            self._roll_back(mark)
+            self.module_stack.clear()
+            self.module_stack.update(stack)
+            self._interesting = interesting
+            self.left_whole = whole
+            result = self.create_proxy("call_module", path, args, kwargs)
+            self.left_whole[path] = _explain(error)
+            return result
+        finally:
+            del m.__dict__["_check_input_dim"]
+            if check is not None:
+                m.__dict__["_check_input_dim"] = check
+        if self._interesting == interesting and isinstance(result, fx.Proxy) and self.graph._root.prev is not mark:
+            try:
+                self.create_arg((args, kwargs))
+            except Exception:
+                return result  # the call cannot be written down as one
+            self._roll_back(mark)
+            self.left_whole = whole
+            return self.create_proxy("call_module", path, args, kwargs)
+        return result
+
+    def _roll_back(self, mark: fx.Node) -> None:
+        gone = set()
+        while (node := self.graph._root.prev) is not mark:
+            gone.add(node)
+            self.graph.erase_node(node)
+        for name, proxy in list(self._attributes.items()):
+            if proxy.node in gone:
+                del self._attributes[name]
+
+    # -- what tracing records -------------------------------------------------------------------------------------------------
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        self._attributes = parameter_proxy_cache
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, target, *args, **kwargs)
+        if kind in ("call_function", "call_method") and operators.is_interesting(target):
+            self._interesting += 1
+        if kind != "placeholder" and (source := _user_line()):
+            node.meta["source"] = source
+        return node
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        parameters = inspect.signature(inspect.unwrap(root_fn)).parameters
+        for i, arg in enumerate(args):
+            if not isinstance(arg, fx.Proxy):
+                continue
+            name = str(arg.node.target).lstrip("*")
+            default = parameters[name].default if name in parameters else inspect.Parameter.empty
+            if default is not inspect.Parameter.empty and name not in self.given:
+                self.create_proxy("call_function", expect_default, (arg, default, name), {})
+                args[i] = default
+        return fn, args
+
+
+def _no_check(*_: Any) -> None: ...
+
+
+def is_known(m: nn.Module) -> bool:
+    """A module that a group could hold."""
+    return patterns.anchor_of(m) is not None or patterns.is_norm(m) or patterns.activation_of(m) is not None
+
+
+def is_stub(m: nn.Module) -> bool:
+    return any(t.__name__ in ("QuantStub", "DeQuantStub") for t in type(m).__mro__)
+
+
+def _explain(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def _user_line() -> str | None:
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if not filename.startswith(_LIBRARIES) and not filename.startswith("<"):
+            return f"{filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The largest traceable parts
+
+
+def trace_parts(model: nn.Module, given: frozenset[str]) -> tuple[dict[str, Traced], dict[str, tuple[nn.Module, str]]]:
+    """Trace `model` in as few parts as possible.
+
+    Returns:
+        the traced parts by their path in the model (``""``: the model itself), and the modules that could not be traced with
+        the reason, likewise.
+    """
+    traced: dict[str, Traced] = {}
+    whole: dict[str, tuple[nn.Module, str]] = {}
+    todo: list[tuple[str, nn.Module, frozenset[str]]] = [("", model, given)]
+    seen: set[int] = set()
+    while todo:
+        path, module, names = todo.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if is_known(module) or isinstance(module, FusedGroup) or not _has_anchor(module):
+            continue
+        if type(module).forward is nn.Module.forward or not callable(getattr(type(module), "forward", None)):
+            todo.extend(_parts(path, module))
+            continue
+        tracer = FusionTracer(names)
+        try:
+            graph = tracer.trace(module)
+        except Exception as error:
+            whole[path] = (module, _explain(error))
+            todo.extend(_parts(path, module))
+            continue
+        traced[path] = Traced(module, graph, tracer.left_whole)
+        for inner, reason in tracer.left_whole.items():
+            child = module.get_submodule(inner)
+            if _has_anchor(child):
+                whole[_join(path, inner)] = (child, reason)
+                todo.extend(_parts(_join(path, inner), child))
+    return traced, whole
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _has_anchor(module: nn.Module) -> bool:
+    return any(patterns.anchor_of(m) is not None for m in module.modules())
+
+
+def _parts(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
+    """The children of a module left whole; a child that is not only called but looked into, too, is replaced by its own."""
+    containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    for name, child in module.named_children():
+        if isinstance(module, containers) or _only_called(type(module), name):
+            yield _join(path, name), child, frozenset()
+        else:
+            yield from _parts(_join(path, name), child)
+
+
+@cache
+def _self_uses(cls: type) -> tuple[frozenset[str], frozenset[str]] | None:
+    """Names of ``self.<name>`` that are called and those used in another way, in the methods of a class; None: no source."""
+    called, other = set(), set()
+    for base in cls.__mro__:
+        if base.__module__.startswith("torch.nn.modules"):
+            break
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):
+            return None
+        functions = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                if id(node) in functions:
+                    called.add(node.attr)
+                elif isinstance(node.ctx, ast.Load):
+                    other.add(node.attr)
+    return frozenset(called), frozenset(other)
+
+
+def _only_called(cls: type, name: str) -> bool:
+    uses = _self_uses(cls)
+    return uses is not None and name not in uses[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Shapes
+
+
+def record_shapes(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Put ``meta["shape"]`` and ``meta["dtype"]`` on every node, computed without computing (fake tensors).
+
+    Returns:
+        why it stopped, if it did.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._pytree import tree_map_only
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, torch.Tensor):
+                n.meta["shape"], n.meta["dtype"] = tuple(value.shape), value.dtype
+            return value
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    values = bind(traced.graph, args, kwargs)
+    training = {m: m.training for m in traced.root.modules()}
+    try:
+        with mode, torch.no_grad():
+            fakes = tree_map_only(torch.Tensor, mode.from_tensor, values)
+            Recorder(traced.root, graph=traced.graph).run(*fakes)
+    except Exception as error:
+        return _explain(error)
+    finally:
+        for m, t in training.items():
+            m.training = t
+    return None
+
+
+def bind(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Arguments in the order of the graph's placeholders, defaults where not given."""
+    values, rest = [], list(args)
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if str(node.target).startswith("**"):
+            values.append({k: v for k, v in kwargs.items() if k not in {str(n.target) for n in graph.nodes}})
+        elif str(node.target).startswith("*"):
+            values.append(tuple(rest))
+            rest = []
+        elif rest:
+            values.append(rest.pop(0))
+        elif node.target in kwargs:
+            values.append(kwargs[node.target])
+        elif node.args:
+            values.append(node.args[0])
+        else:
+            raise ValueError(f"example_inputs have no value for the argument {node.target!r}")
+    return values
+
+
+def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a model call from what a user gives: a tensor, a tuple of arguments or a dict of keyword arguments."""
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
+    return (example_inputs,), {}
+
+
+def given_names(model: nn.Module, example_inputs: Any) -> frozenset[str]:
+    """Names of forward's arguments that `example_inputs` fill."""
+    if example_inputs is None:
+        return frozenset()
+    args, kwargs = call_arguments(example_inputs)
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"example_inputs do not fit the forward of {type(model).__name__}: {error}") from None
+    return frozenset(bound.arguments)

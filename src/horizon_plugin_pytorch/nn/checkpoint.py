@@ -1,0 +1,151 @@
+"""Checkpoint keys of modules that moved into a group, and batch norms absorbed while a checkpoint is loaded.
+
+Fusing moves modules inside the tree, but their keys in a ``state_dict`` stay where the user's model had them: the module that
+stands at the old place (the *owner* of the keys) saves and loads in the name of the one that left (the *guest*). So a checkpoint
+saved before fusion loads after it, and while BN is kept also the other way round, with missing and unexpected keys reported as
+ever.
+
+A batch norm that was absorbed has no keys any more. If a checkpoint from before the fusion brings them, the anchor's weight in
+that checkpoint is the raw one, and the norm is absorbed once both have arrived, in whichever order modules are visited.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from horizon_plugin_pytorch.fusion.absorb_bn import absorb_into, fold, norm_tensors
+from horizon_plugin_pytorch.fusion.patterns import Anchor
+
+StateDict = dict[str, Any]
+
+
+class GuestKeys:
+    """Saves and loads the tensors of `guest` under the keys of the modules it is attached to.
+
+    Args:
+        guest: the module that holds the tensors.
+        names: for each tensor name of the guest, its name at the owner; the same where not listed.
+    """
+
+    def __init__(self, guest: nn.Module, names: dict[str, str] | None = None) -> None:
+        self.guest: nn.Module | None = guest
+        self.names = names or {}
+
+    def attach(self, owner: nn.Module) -> None:
+        owner._register_state_dict_hook(self.save)
+        owner.register_load_state_dict_pre_hook(self.load)
+
+    def key(self, prefix: str, name: str) -> str:
+        return prefix + self.names.get(name, name)
+
+    def save(self, owner: nn.Module, destination: StateDict, prefix: str, metadata: Any) -> None:
+        if self.guest is None:
+            return
+        keep_vars = any(isinstance(value, nn.Parameter) for value in destination.values())  # hooks are not told
+        for name, tensor in self.guest.state_dict(keep_vars=True).items():
+            destination[self.key(prefix, name)] = tensor if keep_vars else tensor.detach()
+
+    def load(
+        self,
+        owner: nn.Module,
+        state_dict: StateDict,
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        if self.guest is None:
+            return
+        names = list(self.guest.state_dict(keep_vars=True))
+        found = {prefix + n: state_dict.pop(self.key(prefix, n)) for n in names if self.key(prefix, n) in state_dict}
+        before = len(missing)
+        self.guest._load_from_state_dict(found, prefix, metadata, strict, missing, [], errors)
+        missing[before:] = [self.key(prefix, m.removeprefix(prefix)) for m in missing[before:]]
+
+
+class NormKeys(GuestKeys):
+    """The keys of a batch norm beside an anchor, kept in the group or absorbed."""
+
+    def __init__(self, row: Anchor, anchor: nn.Module, norm: nn.Module, names: dict[str, str] | None = None) -> None:
+        super().__init__(norm, names)
+        self.row, self.anchor = row, anchor
+        self.eps: float = norm.eps  # type: ignore[assignment]
+        self.required = [name for name, tensor in norm_tensors(norm).items() if tensor is not None]
+        self.had_bias = anchor.bias is not None
+        # One call of load_state_dict is known by the list it collects missing keys in.
+        self._session: list[str] | None = None
+        self._missing_bias: str | None = None
+        self._arrived: dict[str, Tensor | None] | None = None
+
+    def absorb(self) -> None:
+        """Absorb the norm into the anchor; from now on its keys are read only to absorb them again."""
+        assert self.guest is not None
+        absorb_into(self.row, self.anchor, norm_tensors(self.guest), self.eps)
+        self.guest = None
+        self.anchor.register_load_state_dict_pre_hook(self.anchor_arrives)
+
+    def _enter(self, missing: list[str]) -> None:
+        if self._session is not missing:
+            self._session, self._missing_bias, self._arrived = missing, None, None
+
+    def _leave(self) -> None:
+        self._session = self._missing_bias = self._arrived = None
+
+    def load(
+        self,
+        owner: nn.Module,
+        state_dict: StateDict,
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        if self.guest is not None:
+            return super().load(owner, state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        found = {n: state_dict.pop(self.key(prefix, n), None) for n in (*self.required, "num_batches_tracked")}
+        if all(tensor is None for tensor in found.values()):
+            return None  # saved after the norm was absorbed
+        absent = [self.key(prefix, n) for n in self.required if found[n] is None]
+        if absent:
+            errors.append(f"a batch norm of {type(self.anchor).__name__} cannot be absorbed on load without {', '.join(absent)}")
+            return None
+        channels = self.row.out_channels(self.anchor)
+        for name in self.required:
+            if found[name].shape != (channels,):
+                errors.append(f"size mismatch for {self.key(prefix, name)}: {tuple(found[name].shape)}, expected ({channels},)")
+                return None
+        anchor_was_first = self._session is missing
+        self._enter(missing)
+        if anchor_was_first:
+            if self._missing_bias in missing:
+                missing.remove(self._missing_bias)
+            absorb_into(self.row, self.anchor, found, self.eps)
+            self._leave()
+        else:
+            self._arrived = found
+        return None
+
+    def anchor_arrives(
+        self, anchor: nn.Module, state_dict: StateDict, prefix: str, metadata: Any, strict: bool, missing: list[str], *_: Any
+    ) -> None:
+        weight, bias = state_dict.get(prefix + "weight"), state_dict.get(prefix + "bias")
+        if weight is None or weight is anchor.weight:
+            return  # missing, or a group handing its child what it already has
+        self._enter(missing)
+        if self._arrived is not None:
+            groups = self.row.groups(anchor)
+            state_dict[prefix + "weight"], state_dict[prefix + "bias"] = fold(
+                self.row, groups, weight, bias, self._arrived, self.eps
+            )
+            self._leave()
+        elif bias is None and not self.had_bias:
+            # Right if the norm's keys still come; until then the bias that absorbing made is missing.
+            self._missing_bias = prefix + "bias"
+            missing.append(self._missing_bias)
+            state_dict[prefix + "bias"] = anchor.bias.detach().new_zeros(anchor.bias.shape)  # type: ignore[union-attr]
