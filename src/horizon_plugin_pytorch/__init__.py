@@ -9,6 +9,9 @@ __version__ = "0.1.0.dev0"
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
-    {"horizon_plugin_pytorch.errors": ["FusionError"]},
+    {
+        "horizon_plugin_pytorch.errors": ["FusionError", "QuantizationError"],
+        "horizon_plugin_pytorch.quantization.quantize": ["quantize"],
+    },
     submodules=["fusion", "nn", "qat_mode", "quantization", "utils"],
 )

@@ -3,3 +3,7 @@
 
 class FusionError(ValueError):
     """Modules that cannot be fused as asked. Raised before the model is changed."""
+
+
+class QuantizationError(ValueError):
+    """A model, its data or a call that cannot be quantized as asked. Raised before the model is changed."""

@@ -10,6 +10,5 @@ __getattr__, __dir__, __all__ = lazy_names(
         "horizon_plugin_pytorch.fusion.by_name": ["fuse_known_modules", "fuse_modules", "fuse_modules_qat"],
         "horizon_plugin_pytorch.fusion.patterns": ["DOCUMENTED", "grid", "register_activation", "register_anchor"],
         "horizon_plugin_pytorch.fusion.report": ["FusionReport", "Group", "Miss"],
-        "horizon_plugin_pytorch.nn.intrinsic.assemble": ["absorb_bn"],
     },
 )

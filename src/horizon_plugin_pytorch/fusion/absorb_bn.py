@@ -63,19 +63,49 @@ def fold(
     return folded.to(weight.dtype), offset.to(weight.dtype)
 
 
+def absorbed_values_reason(anchor: Anchor, module: nn.Module, norm: nn.Module) -> str | None:
+    """Why the absorbed values would be no use: finite ones that are too large for a narrow dtype."""
+    weight: Any = module.weight
+    bias: Any = module.bias
+    if weight.dtype in (torch.float32, torch.float64, torch.bfloat16) or weight.is_meta:
+        return None  # as wide as the result of the norm itself
+    values = (weight, *(b for b in [bias] if b is not None))
+    absorbed = fold(anchor, anchor.groups(module), weight.detach(), bias, norm_tensors(norm), norm.eps)  # type: ignore[arg-type]
+    if all(bool(v.isfinite().all()) for v in values) and not all(bool(v.isfinite().all()) for v in absorbed):
+        return f"absorbing it makes weights that overflow {weight.dtype}; fuse the model in float32 first"
+    return None
+
+
 def norm_tensors(norm: nn.Module) -> dict[str, Tensor | None]:
     return {name: getattr(norm, name, None) for name in ("weight", "bias", "running_mean", "running_var")}
 
 
 @torch.no_grad()
-def absorb_into(anchor: Anchor, module: nn.Module, norm: Mapping[str, Tensor | None], eps: float) -> None:
+def absorb_into(
+    anchor: Anchor,
+    module: nn.Module,
+    norm: Mapping[str, Tensor | None],
+    eps: float,
+    *,
+    raw: tuple[Tensor, Tensor | None] | None = None,
+    in_place: bool = False,
+) -> None:
     """Give `module` the weight and bias of `module` followed by the batch norm; a missing bias is created.
 
     New parameters are made (a weight tied to another module's must not change that one) with the old ones' ``requires_grad``.
+
+    Args:
+        raw: weight and bias before the norm, by default the module's.
+        in_place: write into the parameters that are there, e.g. because an optimizer holds them.
     """
     old: Any = module.weight
     old_bias: Any = module.bias
-    weight, bias = fold(anchor, anchor.groups(module), old, old_bias, norm, eps)
+    raw = raw or (old, old_bias)
+    weight, bias = fold(anchor, anchor.groups(module), *raw, norm, eps)
+    if in_place:
+        old.copy_(weight)
+        old_bias.copy_(bias)
+        return
     beta = norm.get("bias")
     trains = old_bias.requires_grad if old_bias is not None else bool(beta is not None and beta.requires_grad) or old.requires_grad
     module.weight = nn.Parameter(weight.contiguous(memory_format=_memory_format(old)), requires_grad=old.requires_grad)

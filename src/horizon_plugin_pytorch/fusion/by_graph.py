@@ -1,15 +1,15 @@
 """Fusing what the project finds: trace, match along the data flow, rewrite.
 
 The result is a graph module that has every attribute of the model it came from. A group stands where its anchor stood or, with an
-add, at the FloatFunctional or under a new name ``_generated_add_<n>``; the places of the others hold an Identity that keeps their
-checkpoint keys and is not called.
+add, at the FloatFunctional or under a new name ``_generated_add_<n>``; the places of the others hold modules that keep their
+checkpoint keys and are not called.
 """
 
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
-
 
 from torch import fx, nn
 from torch.fx.graph_module import reduce_graph_module
@@ -21,6 +21,7 @@ from horizon_plugin_pytorch.fusion.patterns import Pattern
 from horizon_plugin_pytorch.fusion.report import FusionReport, Group, Untraced
 from horizon_plugin_pytorch.nn.intrinsic.assemble import Parts, assemble, replace_module
 from horizon_plugin_pytorch.nn.intrinsic.group import Identity, move_hooks
+from horizon_plugin_pytorch.nn.intrinsic.handoff import Handoff
 from horizon_plugin_pytorch.qat_mode import keeps_bn
 
 
@@ -65,6 +66,9 @@ def _graph_module(root: nn.Module, graph: fx.Graph) -> FusedGraphModule:
     _adopt(result, {k: v for k, v in root.__dict__.items() if k not in result.__dict__ or k in _HOOKS})
     result._non_persistent_buffers_set |= root._non_persistent_buffers_set
     result.training = root.training
+    for hook in result._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(result)  # it is called with the module it was registered on
     graph._tracer_cls = fx.Tracer  # the graph is only calls of modules and functions now
     result.graph = graph
     return result
@@ -211,17 +215,19 @@ def _fuse_one(matcher: Matcher, match: Match, keep_bn: bool) -> None:
         module = matcher.module_of(match.activation)
         inplace = module is None or bool(getattr(module, "inplace", False))
         activation = match.activation_row.make(inplace).train(match.module.training)
-        if module is not None and not isinstance(module, (nn.ReLU, nn.Hardtanh)):
-            activation = copy.deepcopy(module)  # a registered activation of the user's
+        if module is not None and not isinstance(module, (nn.ReLU, nn.Hardtanh)):  # a registered activation of the user's
+            activation = module if len(matcher.calls[id(module)]) == 1 else copy.deepcopy(module)
     parts = Parts(match.row, match.module, match.norm and match.norm.module, match.add is not None, match.activation_row, activation)
 
     norm_place = norm_names = anchor_place = None
     if match.norm is not None:
         norm_place, norm_names = _vacate_norm(root, match), match.norm.names
     if match.add is not None:
-        anchor_place = Identity().train(match.module.training)
+        anchor_place = Handoff().train(match.module.training)
         replace_module(root, str(match.anchor.target), anchor_place)
     group = assemble(parts, keep_bn=keep_bn, anchor_place=anchor_place, norm_place=norm_place, norm_names=norm_names)
+    if anchor_place is not None:
+        group.handoff = anchor_place.token
     last = matcher.module_of(match.activation or match.norm.node if match.norm else match.activation or match.anchor)  # type: ignore[union-attr]
     if last is not None and last is not group and last._forward_hooks:
         move_hooks(last, group, "_forward_hooks")
@@ -229,12 +235,8 @@ def _fuse_one(matcher: Matcher, match: Match, keep_bn: bool) -> None:
 
     with graph.inserting_before(match.add or match.anchor):
         operands = () if match.other is None else (match.other,)
-        call = graph.call_module(match.target, (*match.anchor.args[:1], *operands), dict(match.anchor.kwargs))
-        if len(match.anchor.args) > 1:
-            call.kwargs = {"output_size": match.anchor.args[1], **call.kwargs}
-        if not match.anchor.args:
-            source = call.kwargs.pop("input")
-            call.args = (source, *operands)
+        arguments = dict(zip(("input", "output_size"), match.anchor.args, strict=False)) | match.anchor.kwargs
+        call = graph.call_module(match.target, (arguments.pop("input"), *operands), arguments)
     call.meta = {k: v for k, v in match.anchor.meta.items() if k in ("source", "nn_module_stack")}
     match.end.replace_all_uses_with(call)
     for node in reversed(match.nodes):
@@ -251,14 +253,18 @@ def _vacate_norm(root: nn.Module, match: Match) -> nn.Module:
     path, names = match.norm.owner, match.norm.names
     owner = root.get_submodule(path)
     if names is not None:  # the tensors of a functional call leave their owner
-        for attr in (*names.values(), "num_batches_tracked"):
+        for attr in names.values():
             owner._parameters.pop(attr, None)
             owner._buffers.pop(attr, None)
-        for node in [n for n in list(match.norm.node.graph.nodes) if n.op == "get_attr" and n.target == f"{path}.num_batches_tracked"]:
+        if not isinstance(owner, nn.modules.batchnorm._BatchNorm):
+            return owner
+        owner._buffers.pop("num_batches_tracked", None)
+        graph = match.norm.node.graph
+        for node in graph.find_nodes(op="get_attr", target=f"{path}.num_batches_tracked"):
             for user in list(node.users):
-                match.norm.node.graph.erase_node(user)  # the count that a batch norm in training keeps
-            match.norm.node.graph.erase_node(node)
-        if owner._parameters or owner._buffers or not isinstance(owner, nn.modules.batchnorm._BatchNorm):
+                graph.erase_node(user)  # the count that a batch norm in training keeps
+            graph.erase_node(node)
+        if owner._parameters or owner._buffers:
             return owner
     place = Identity().train(owner.training)
     for name, child in owner.named_children():

@@ -15,6 +15,7 @@ from torch import nn
 
 from horizon_plugin_pytorch.errors import FusionError
 from horizon_plugin_pytorch.fusion import patterns as p
+from horizon_plugin_pytorch.fusion.absorb_bn import absorbed_values_reason
 from horizon_plugin_pytorch.nn.checkpoint import GuestKeys
 from horizon_plugin_pytorch.nn.intrinsic.assemble import Parts, assemble, chain, replace_module
 from horizon_plugin_pytorch.nn.intrinsic.group import FusedGroup, Identity, move_hooks
@@ -175,7 +176,8 @@ def _check(modules: list[nn.Module], keep_bn: bool) -> Parts:
         parts.norm = rest.pop(0)
     if rest and p.is_float_functional(rest[0]):
         parts.add = True
-        rest.pop(0)
+        if reason := p.functional_reason(rest.pop(0)):
+            raise FusionError(f"cannot fuse {chain(modules)}: the FloatFunctional: {reason}")
     if rest and (activation := p.activation_of(rest[0])):
         parts.activation_row, parts.activation = activation, p.activation_module(rest.pop(0), activation)
     if rest:
@@ -185,6 +187,8 @@ def _check(modules: list[nn.Module], keep_bn: bool) -> Parts:
         raise FusionError(f"cannot fuse {chain(modules)}: the {type(parts.anchor).__name__}: {reason}")
     if parts.norm is not None:
         reason = p.norm_reason(row, parts.anchor, parts.norm) or p.norm_values_reason(parts.norm)
+        if not keep_bn:
+            reason = reason or absorbed_values_reason(row, parts.anchor, parts.norm)
         if reason:
             raise FusionError(f"cannot fuse {chain(modules)}: the {type(parts.norm).__name__}: {reason}")
     reason = p.hook_reason(modules[0], modules[1:-1], modules[-1])

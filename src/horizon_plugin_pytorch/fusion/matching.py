@@ -19,9 +19,12 @@ from horizon_plugin_pytorch.fusion import operators as ops
 from horizon_plugin_pytorch.fusion import patterns as p
 from horizon_plugin_pytorch.fusion.patterns import Activation, Anchor
 from horizon_plugin_pytorch.fusion.report import Kind, Miss
-from horizon_plugin_pytorch.fusion.tracing import Traced
+from horizon_plugin_pytorch.fusion.tracing import Traced, is_stub
 
 DROPOUTS = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout", "StochasticDepth", "DropPath")
+
+
+_VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, *(getattr(nn, name) for name in DROPOUTS if hasattr(nn, name)))
 
 
 @dataclass
@@ -85,6 +88,7 @@ class Matcher:
             elif node.op == "get_attr":
                 self.reads[str(node.target).rpartition(".")[0]] += 1
         self.aliases: dict[fx.Node, fx.Node] = {}
+        self._by_storage: dict[fx.Node, list[fx.Node]] = {}
         self.matches: list[Match] = []
         self.misses: list[Miss] = []
         self.notes: list[str] = []
@@ -169,17 +173,20 @@ class Matcher:
         current = node
         while current not in self.aliases:
             chain.append(current)
-            source = ops.changes_in_place(current, self.modules)
-            if source is None and current.args and isinstance(current.args[0], fx.Node):
-                if self.passes(current) or (current.op != "call_module" and current.target in ops.VIEWS):
-                    source = current.args[0]
-            if source is None:
+            sources = ops.overwritten(current, self.modules)
+            if not sources and (self.passes(current) or self._is_view(current)):
+                sources = current.all_input_nodes
+            if not sources:
                 self.aliases[current] = current
                 break
-            current = source
+            current = sources[0]
         for n in chain:
             self.aliases[n] = self.aliases[current]
         return self.aliases[node]
+
+    def _is_view(self, node: fx.Node) -> bool:
+        module = self.module_of(node)
+        return ops.may_alias(node) or (module is not None and (isinstance(module, _VIEW_MODULES) or is_stub(module)))
 
     # -- matching -----------------------------------------------------------------------------------------------------------
 
@@ -295,8 +302,15 @@ class Matcher:
         if users:
             return None, f"its tensors are read by {self.names(users)}, too"
         owner = self.modules[owners.pop()]
+        if call["training"] is not owner.training:
+            if call["training"]:
+                return None, "it normalizes with the statistics of the batch, also in eval mode"
+            if self.keep_bn or not isinstance(call["training"], bool):
+                return None, "it normalizes with its running statistics, also in training mode"
         values = {n: getattr(owner, attr) for n, (_, _, attr) in places.items()}
-        norm = row.norm(values["running_mean"].numel(), eps=call["eps"], momentum=call["momentum"], affine=False)
+        own = isinstance(owner, nn.modules.batchnorm._BatchNorm)
+        momentum = owner.momentum if own else call["momentum"]  # in eval mode a module may pass something else
+        norm = row.norm(values["running_mean"].numel(), eps=call["eps"], momentum=momentum, affine=False)
         for n, value in values.items():
             if isinstance(value, nn.Parameter):
                 norm.register_parameter(n, value)
@@ -305,8 +319,7 @@ class Matcher:
                 norm._parameters.pop(n, None)
                 norm.register_buffer(n, value)
         norm.affine = "weight" in values
-        counter = getattr(owner, "num_batches_tracked", None)
-        norm.register_buffer("num_batches_tracked", counter)
+        norm.register_buffer("num_batches_tracked", owner.num_batches_tracked if own else None)
         norm.train(owner.training)
         names = {n: attr for n, (_, _, attr) in places.items()}
         return Norm(node, norm, places["running_mean"][0], names), None
@@ -362,22 +375,23 @@ class Matcher:
             if module is not None and any(getattr(module, table, None) for table in p.HOOK_TABLES):
                 return f"a hook on {self.name(part)!r} observes a value inside the group"  # type: ignore[arg-type]
         # The anchor will run where the add is: nothing may overwrite its input before.
-        source = match.anchor.args[0] if match.anchor.args else None
-        if isinstance(source, fx.Node):
-            storage = self.storage(source)
-            for between in self.nodes[self.order[match.anchor] + 1 : self.order[node]]:
-                changed = ops.changes_in_place(between, self.modules)
-                if changed is not None and self.storage(changed) is storage:
-                    return f"{self.name(between)!r} overwrites the input of {self.name(match.anchor)!r} before the add"
+        storages = {self.storage(source) for source in match.anchor.all_input_nodes}
+        for between in self.nodes[self.order[match.anchor] + 1 : self.order[node]]:
+            if any(self.storage(changed) in storages for changed in ops.overwritten(between, self.modules)):
+                return f"{self.name(between)!r} overwrites the input of {self.name(match.anchor)!r} before the add"
         # An add in place into the other operand: nobody may read that one afterwards.
         if add.inplace and not left_is_ours:
-            storage = self.storage(other)
-            for earlier in self.nodes[: self.order[node]]:
-                if self.storage(earlier) is storage:
-                    late = [u for u in earlier.users if self.order[u] > self.order[node] and u.op != "output"]
-                    if late or any(u.op == "output" for u in earlier.users):
-                        return f"it adds in place into {self.name(other)!r}, which is read again later"
+            for earlier in self._sharing(other):
+                if self.order[earlier] < self.order[node] and any(self.order[u] > self.order[node] for u in earlier.users):
+                    return f"it adds in place into {self.name(other)!r}, which is read again later"
         return None
+
+    def _sharing(self, node: fx.Node) -> list[fx.Node]:
+        """All nodes whose memory `node`'s value may share."""
+        if not self._by_storage:
+            for n in self.nodes:
+                self._by_storage.setdefault(self.storage(n), []).append(n)
+        return self._by_storage[self.storage(node)]
 
     def _activation_reason(self, match: Match, node: fx.Node) -> str | None:
         module = self.module_of(node)
@@ -395,8 +409,15 @@ class Matcher:
         return None
 
     def _explain(self, node: fx.Node) -> None:
-        """A norm that no anchor took; adds and activations only where a norm or an anchor is right before them."""
-        if node in self._told or self.kind(node) != "norm":
+        """A norm or an add that no anchor took."""
+        if node in self._told:
+            return
+        if add := ops.read_add(node):
+            if not add.refused:
+                operands = self.names([add.left, add.right])
+                self.miss("add", node, f"neither operand is a convolution's or linear layer's output: {operands}")
+            return
+        if self.kind(node) != "norm":
             return
         source: Any = node.args[0] if node.args else node.kwargs.get("input")
         while isinstance(source, fx.Node) and self.passes(source):

@@ -15,10 +15,23 @@ from torch import fx
 from horizon_plugin_pytorch.fusion import patterns
 from horizon_plugin_pytorch.fusion.patterns import Activation
 
+
+
+def assign(target: Any, value: Any, operation: str) -> Any:
+    """``target += value`` and the like, as a function: `operation` is the operator's name, e.g. ``iadd``.
+
+    PyTorch's own tracing records ``a += b`` as ``a = a + b``, which other names of the same tensor do not see; and a call of
+    ``operator.iadd`` is printed as the statement ``a += b``, which rebinds a name of an int that is read again later.
+    """
+    return getattr(operator, operation)(target, value)
+
+
+ASSIGNMENTS = tuple(f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor matmul lshift rshift".split())
+
 ADDS: frozenset[Any] = frozenset(
     {operator.add, operator.iadd, torch.add, torch.Tensor.add, torch.Tensor.add_, "add", "add_", "__add__", "__iadd__"}
 )
-INPLACE_ADDS: frozenset[Any] = frozenset({operator.iadd, torch.Tensor.add_, "add_", "__iadd__"})
+INPLACE_ADDS: frozenset[Any] = frozenset({operator.iadd, torch.Tensor.add_, "add_", "__iadd__", assign})
 
 # Every clamp is read as (lower, upper); the arguments after the tensor, by name with their defaults.
 _ReadBounds = Callable[..., tuple[Any, Any]]
@@ -62,7 +75,7 @@ BATCH_NORMS: dict[Any, inspect.Signature] = {
 
 
 def is_interesting(target: Any) -> bool:
-    return target in ADDS or target in ACTIVATIONS or target in BATCH_NORMS
+    return target in ADDS or target is assign or target in ACTIVATIONS or target in BATCH_NORMS
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,9 @@ class Add:
 
 def read_add(node: fx.Node) -> Add | None:
     """The operands of an add node, and why it cannot be part of a group, if so."""
-    if node.op not in ("call_function", "call_method") or node.target not in ADDS:
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if node.target not in ADDS and not (node.target is assign and node.args[2] == "iadd"):
         return None
     arguments = dict(zip(("input", "other"), node.args, strict=False)) | node.kwargs
     left, right = arguments.get("input"), arguments.get("other")
@@ -119,35 +134,47 @@ def read_batch_norm(node: fx.Node) -> dict[str, Any] | None:
     return dict(bound.arguments)
 
 
-def changes_in_place(node: fx.Node, modules: dict[str, Any]) -> fx.Node | None:
-    """The node whose value this one overwrites, if any."""
+def overwritten(node: fx.Node, modules: dict[str, Any]) -> list[fx.Node]:
+    """The nodes whose value this one overwrites."""
+    if node.meta.get("overwrites"):  # a module left whole that does, or may
+        return list(node.all_input_nodes)
     first = node.args[0] if node.args else node.kwargs.get("input")
-    if not isinstance(first, fx.Node):
-        return None
+    out = node.kwargs.get("out")
+    values = [first] if _in_place(node, modules) else []
+    return [value for value in (*values, out) if isinstance(value, fx.Node)]
+
+
+def _in_place(node: fx.Node, modules: dict[str, Any]) -> bool:
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     if node.op == "call_module":
-        hit = bool(getattr(modules.get(str(node.target)), "inplace", False))
-    elif node.op == "call_method":
-        name = str(node.target)
-        hit = (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name in _DUNDER_INPLACE)
-    else:
-        name = getattr(node.target, "__name__", "")
-        inplace_operator = getattr(operator, name, None) is node.target and f"__{name}__" in _DUNDER_INPLACE
-        hit = node.op == "call_function" and (
-            inplace_operator
-            or node.kwargs.get("inplace") is True
-            or (node.target in ACTIVATIONS and any(a is True for a in node.args[1:]))
-            or name == "setitem"
-            or (name.endswith("_") and name[0] != "_")
-        )
-    return first if hit else None
+        return bool(getattr(modules.get(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return (name.endswith("_") and not name.endswith("__")) or name.strip("_") in ASSIGNMENTS
+    return node.op == "call_function" and (
+        node.target is assign
+        or (name in ASSIGNMENTS and getattr(operator, name) is node.target)
+        or node.kwargs.get("inplace") is True
+        or (node.target in ACTIVATIONS and any(a is True for a in node.args[1:]))
+        or name == "setitem"
+        or (name.endswith("_") and name[0] != "_")
+    )
 
 
-_DUNDER_INPLACE = frozenset(f"__i{n}__" for n in "add sub mul truediv floordiv mod pow and or xor matmul lshift rshift".split())
+def may_alias(node: fx.Node) -> bool:
+    """Whether the result can share memory with the first argument, apart from working in place."""
+    if node.op == "call_module":
+        return bool(node.meta.get("opaque"))
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name in VIEWS
 
-VIEWS: frozenset[Any] = frozenset(
-    {"view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "expand", "chunk", "split", "narrow", "select"}
-    | {"contiguous", "t", "unbind", "view_as", "expand_as", "unfold", "detach"}
-    | {operator.getitem, torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze}
-    | {torch.chunk, torch.split, torch.narrow, torch.select, torch.unbind, torch.t}
+
+VIEWS = frozenset(
+    """
+    as_strided broadcast_to chunk contiguous data detach diagonal dsplit expand expand_as flatten getattr getitem hsplit mT mH
+    moveaxis movedim narrow permute positive ravel real imag reshape reshape_as resolve_conj resolve_neg select split
+    split_with_sizes squeeze swapaxes swapdims t T H tensor_split to transpose type type_as unbind unflatten unfold unsqueeze
+    view view_as view_as_complex view_as_real vsplit adjoint atleast_1d atleast_2d atleast_3d broadcast_tensors float half
+    bfloat16 double cpu cuda dropout alpha_dropout feature_dropout requires_grad_ __getitem__
+    """.split()
 )
-"""Functions and methods whose result can share memory with their first argument."""
+"""Functions, methods and attributes, by name, whose result can share memory with their first argument."""

@@ -145,7 +145,7 @@ def register_anchor(
     if base is None:
         raise ValueError(f"register_anchor: like={like.__name__} is not an anchor; choose one of {[a.type.__name__ for a in ANCHORS]}")
     row = Anchor(type, label, suffix, base.child, base.norm, base.norm_input_dim, base.transposed)
-    _add_row(ANCHORS, row, {p.anchor.label + p.anchor.suffix for p in grid()}, label + suffix)
+    _add_row(ANCHORS, row)
     return row
 
 
@@ -158,53 +158,51 @@ def register_activation(type: type[nn.Module], label: str, *, bound: float | Non
         ValueError: the label is taken.
     """
     row = Activation(type, label, bound)
-    _add_row(ACTIVATIONS, row, {a.label for a in ACTIVATIONS}, label)
+    _add_row(ACTIVATIONS, row)
     return row
 
 
-def _add_row(table: list[Any], row: Any, taken: set[str], label: str) -> None:
+def _add_row(table: list[Any], row: Any) -> None:
     if row in table:
         return
-    if label in taken or any(other.type is row.type for other in table):
-        raise ValueError(f"{row.type.__name__} or the label {label!r} is already registered")
+    if any(other.type is row.type for other in table):
+        raise ValueError(f"{row.type.__name__} is already registered")
     table.append(row)
+    names = [pattern.name for pattern in grid()]
+    if taken := sorted({name for name in names if names.count(name) > 1}):
+        table.remove(row)
+        raise ValueError(f"the label {row.label!r} of {row.type.__name__} makes names that are taken: {', '.join(taken)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # What a module is
 
 
-def _overrides(module: nn.Module, base: type[nn.Module], *methods: str) -> bool:
-    return any(getattr(type(module), name) is not getattr(base, name) for name in methods)
+def _computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Neither the module's class nor, patched onto it, the module itself has a forward of its own."""
+    if not isinstance(module, base):
+        return False
+    methods = [name for name in ("forward", "_conv_forward") if hasattr(base, name)]
+    return not any(name in module.__dict__ or getattr(type(module), name) is not getattr(base, name) for name in methods)
 
 
 def anchor_of(module: nn.Module) -> Anchor | None:
     """The anchor row of a module; subclasses count as long as they compute what the stock module computes."""
-    for row in ANCHORS:
-        if type(module) is row.type:
-            return row
-    for row in ANCHORS:
-        if isinstance(module, row.type) and not _overrides(module, row.type, "forward"):
-            if hasattr(row.type, "_conv_forward") and _overrides(module, row.type, "_conv_forward"):
-                continue
-            return row
-    return None
+    return next((row for row in ANCHORS if _computes_as(module, row.type)), None)
 
 
 def is_frozen_batch_norm(module: nn.Module) -> bool:
     """torchvision's FrozenBatchNorm2d or a class of that name: weight, bias, running_mean and running_var are buffers."""
     buffers = {"weight", "bias", "running_mean", "running_var"}
-    return type(module).__name__ == "FrozenBatchNorm2d" and buffers <= module._buffers.keys()
+    named = type(module).__name__ == "FrozenBatchNorm2d" and "forward" not in module.__dict__
+    return named and buffers <= module._buffers.keys()
 
 
 def is_norm(module: nn.Module) -> bool:
     """A stock batch norm, or a subclass that computes the same."""
     if is_frozen_batch_norm(module):
         return True
-    for base in (nn.SyncBatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-        if isinstance(module, base):
-            return not _overrides(module, base, "forward")
-    return False
+    return any(_computes_as(module, base) for base in (nn.SyncBatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
 
 
 def is_float_functional(module: nn.Module) -> bool:
@@ -215,9 +213,9 @@ def is_float_functional(module: nn.Module) -> bool:
 def activation_of(module: nn.Module) -> Activation | None:
     """The activation row of a module; ``Hardtanh(0, b)`` is the row with bound b."""
     for row in ACTIVATIONS:
-        if type(module) is row.type or (isinstance(module, row.type) and not _overrides(module, row.type, "forward")):
+        if _computes_as(module, row.type):
             return row
-    if isinstance(module, nn.Hardtanh) and not _overrides(module, nn.Hardtanh, "forward") and module.min_val == 0:
+    if _computes_as(module, nn.Hardtanh) and module.min_val == 0:
         return next((row for row in ACTIVATIONS if row.bound == module.max_val), None)
     return None
 
@@ -233,8 +231,8 @@ def activation_module(module: nn.Module, row: Activation) -> nn.Module:
 
 def anchor_reason(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed by a parametrization (weight norm, pruning, …); remove or bake it in first"
+    if weight is None or "parametrizations" in module._modules:
+        return "its weight or bias is computed by a parametrization (weight norm, pruning, …); remove or bake it in first"
     if torch.nn.parameter.is_lazy(weight):
         return "it is a lazy module that has not seen data yet"
     return None
@@ -246,6 +244,8 @@ def norm_reason(anchor: Anchor, anchor_module: nn.Module, norm: nn.Module) -> st
     fits = anchor.norm is nn.BatchNorm2d if frozen else isinstance(norm, (anchor.norm, nn.SyncBatchNorm))
     if not fits:
         return f"{type(norm).__name__} does not normalize the channels of a {anchor.type.__name__}"
+    if "parametrizations" in norm._modules:
+        return "its parameters are computed by a parametrization; remove or bake it in first"
     mean = norm._buffers.get("running_mean")
     if mean is None:
         return "it has no running statistics (track_running_stats=False), so there is nothing constant to absorb"
@@ -272,7 +272,20 @@ def norm_values_reason(norm: nn.Module) -> str | None:
     return None
 
 
+def functional_reason(functional: nn.Module) -> str | None:
+    """Why a FloatFunctional cannot be replaced by a group."""
+    observer = getattr(functional, "activation_post_process", None)
+    if observer is not None and (type(observer).forward is not nn.Identity.forward or has_hooks(observer)):
+        return "its activation_post_process observes the result"
+    return None
+
+
 HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def has_hooks(module: nn.Module, but: str = "") -> bool:
+    """Whether forward or backward hooks are on `module`, those of the table `but` aside."""
+    return any(getattr(module, table, None) for table in HOOK_TABLES if table != but)
 
 
 def hook_reason(first: nn.Module, middle: list[nn.Module], last: nn.Module) -> str | None:

@@ -7,13 +7,15 @@ does one that cannot be traced: the road around it is still traced, and its own 
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -75,7 +77,7 @@ class FusionTracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         if hooks := [table for table in patterns.HOOK_TABLES if getattr(m, table, None)]:
             self.left_whole[path] = f"it has {hooks[0].strip('_').replace('_', ' ')}, which see its inputs or outputs"
-            return self.create_proxy("call_module", path, args, kwargs)
+            return self._call_whole(path, args, kwargs, overwrites=True)
 
         mark, stack, interesting = self.graph._root.prev, dict(self.module_stack), self._interesting
         whole = dict(self.left_whole)
@@ -88,9 +90,8 @@ class FusionTracer(fx.Tracer):
             self.module_stack.update(stack)
             self._interesting = interesting
             self.left_whole = whole
-            result = self.create_proxy("call_module", path, args, kwargs)
             self.left_whole[path] = _explain(error)
-            return result
+            return self._call_whole(path, args, kwargs, overwrites=True)
         finally:
             del m.__dict__["_check_input_dim"]
             if check is not None:
@@ -100,10 +101,28 @@ class FusionTracer(fx.Tracer):
                 self.create_arg((args, kwargs))
             except Exception:
                 return result  # the call cannot be written down as one
+            overwrites = self._overwrites_since(mark)
             self._roll_back(mark)
             self.left_whole = whole
-            return self.create_proxy("call_module", path, args, kwargs)
+            return self._call_whole(path, args, kwargs, overwrites)
         return result
+
+    def _call_whole(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], overwrites: bool) -> fx.Proxy:
+        proxy = self.create_proxy("call_module", path, args, kwargs)
+        proxy.node.meta |= {"opaque": True, "overwrites": overwrites}
+        return proxy
+
+    def _overwrites_since(self, mark: fx.Node) -> bool:
+        node = self.graph._root.prev
+        while node is not mark:
+            if operators.overwritten(node, self._modules):
+                return True
+            node = node.prev
+        return False
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return dict(self.root.named_modules(remove_duplicate=False))
 
     def _roll_back(self, mark: fx.Node) -> None:
         gone = set()
@@ -119,6 +138,9 @@ class FusionTracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         self._attributes = parameter_proxy_cache
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, target, *args, **kwargs)
@@ -142,6 +164,21 @@ class FusionTracer(fx.Tracer):
         return fn, args
 
 
+class _Proxy(fx.Proxy):
+    """A traced value on which ``a += b`` is recorded as working in place."""
+
+
+def _assignment(operation: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def assign(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operators.assign, (self, other, operation), {}, name=operation)
+
+    return assign
+
+
+for _name in operators.ASSIGNMENTS:
+    setattr(_Proxy, f"__{_name}__", _assignment(_name))
+
+
 def _no_check(*_: Any) -> None: ...
 
 
@@ -161,7 +198,7 @@ def _explain(error: BaseException) -> str:
 
 def _user_line() -> str | None:
     frame: Any = sys._getframe(2)
-    while frame is not None:
+    while frame is not None and frame.f_code.co_name != "trace":  # above it, the code that asked for the trace
         filename = frame.f_code.co_filename
         if not filename.startswith(_LIBRARIES) and not filename.startswith("<"):
             return f"{filename}:{frame.f_lineno}"
@@ -196,7 +233,8 @@ def trace_parts(model: nn.Module, given: frozenset[str]) -> tuple[dict[str, Trac
             continue
         tracer = FusionTracer(names)
         try:
-            graph = tracer.trace(module)
+            with _attributes_kept(module):
+                graph = tracer.trace(module)
         except Exception as error:
             whole[path] = (module, _explain(error))
             todo.extend(_parts(path, module))
@@ -208,6 +246,18 @@ def trace_parts(model: nn.Module, given: frozenset[str]) -> tuple[dict[str, Trac
                 whole[_join(path, inner)] = (child, reason)
                 todo.extend(_parts(_join(path, inner), child))
     return traced, whole
+
+
+@contextmanager
+def _attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Undo what a traced forward stores on modules (``self.features = x``): it would be the tracer's values."""
+    before = [(m, dict(m.__dict__)) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, attributes in before:
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
 
 
 def _join(path: str, name: str) -> str:
@@ -276,17 +326,23 @@ def record_shapes(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any])
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     values = bind(traced.graph, args, kwargs)
-    training = {m: m.training for m in traced.root.modules()}
     try:
         with mode, torch.no_grad():
             fakes = tree_map_only(torch.Tensor, mode.from_tensor, values)
-            Recorder(traced.root, graph=traced.graph).run(*fakes)
+            Recorder(_without_data(traced.root, mode), graph=traced.graph).run(*fakes)
     except Exception as error:
         return _explain(error)
-    finally:
-        for m, t in training.items():
-            m.training = t
     return None
+
+
+def _without_data(root: nn.Module, mode: Any) -> nn.Module:
+    """A copy to run on fake tensors: the model's own batch norms must not count, nor its hooks see anything."""
+    memo = {id(t): mode.from_tensor(t) for t in (*root.parameters(), *root.buffers())}
+    result = copy.deepcopy(root, memo)
+    for module in result.modules():
+        for table in patterns.HOOK_TABLES:
+            getattr(module, table).clear()
+    return result
 
 
 def bind(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from horizon_plugin_pytorch.fusion.absorb_bn import absorb_into, fold, norm_tensors
-from horizon_plugin_pytorch.fusion.patterns import Anchor
+from horizon_plugin_pytorch.fusion.patterns import Anchor, is_frozen_batch_norm
 
 StateDict = dict[str, Any]
 
@@ -32,24 +32,27 @@ class GuestKeys:
     def __init__(self, guest: nn.Module, names: dict[str, str] | None = None) -> None:
         self.guest: nn.Module | None = guest
         self.names = names or {}
+        self._keep_vars = False
 
     def attach(self, owner: nn.Module) -> None:
+        owner.register_state_dict_pre_hook(self.begin_save)
         owner._register_state_dict_hook(self.save)
-        owner.register_load_state_dict_pre_hook(self.load)
+        owner._register_load_state_dict_pre_hook(self.load)  # the public form ties the hook to this object
 
     def key(self, prefix: str, name: str) -> str:
         return prefix + self.names.get(name, name)
 
+    def begin_save(self, owner: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self._keep_vars = keep_vars  # the hook that saves is not told
+
     def save(self, owner: nn.Module, destination: StateDict, prefix: str, metadata: Any) -> None:
         if self.guest is None:
             return
-        keep_vars = any(isinstance(value, nn.Parameter) for value in destination.values())  # hooks are not told
-        for name, tensor in self.guest.state_dict(keep_vars=True).items():
-            destination[self.key(prefix, name)] = tensor if keep_vars else tensor.detach()
+        for name, tensor in self.guest.state_dict(keep_vars=self._keep_vars).items():
+            destination[self.key(prefix, name)] = tensor
 
     def load(
         self,
-        owner: nn.Module,
         state_dict: StateDict,
         prefix: str,
         metadata: dict[str, Any],
@@ -75,11 +78,15 @@ class NormKeys(GuestKeys):
         self.row, self.anchor = row, anchor
         self.eps: float = norm.eps  # type: ignore[assignment]
         self.required = [name for name, tensor in norm_tensors(norm).items() if tensor is not None]
+        counter = "num_batches_tracked"  # not in old checkpoints; in a frozen norm's when they come from a stock one
+        self.optional = [counter] if norm._buffers.get(counter) is not None or is_frozen_batch_norm(norm) else []
+        if not self.optional:
+            norm._register_load_state_dict_pre_hook(_no_counter)
         self.had_bias = anchor.bias is not None
         # One call of load_state_dict is known by the list it collects missing keys in.
         self._session: list[str] | None = None
-        self._missing_bias: str | None = None
-        self._arrived: dict[str, Tensor | None] | None = None
+        self._anchor_arrived: tuple[str, Tensor, Tensor | None] | None = None
+        self._norm_arrived: dict[str, Tensor | None] | None = None
 
     def absorb(self) -> None:
         """Absorb the norm into the anchor; from now on its keys are read only to absorb them again."""
@@ -90,14 +97,18 @@ class NormKeys(GuestKeys):
 
     def _enter(self, missing: list[str]) -> None:
         if self._session is not missing:
-            self._session, self._missing_bias, self._arrived = missing, None, None
+            self._session, self._anchor_arrived, self._norm_arrived = missing, None, None
 
     def _leave(self) -> None:
-        self._session = self._missing_bias = self._arrived = None
+        self._session = self._anchor_arrived = self._norm_arrived = None
+
+    def _fits(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether loading as usual will take these; otherwise it says what is wrong with them, and nothing is absorbed."""
+        shapes = (self.anchor.weight.shape, self.anchor.bias.shape if self.had_bias else None)  # type: ignore[union-attr]
+        return (weight.shape, None if bias is None else bias.shape) == shapes
 
     def load(
         self,
-        owner: nn.Module,
         state_dict: StateDict,
         prefix: str,
         metadata: dict[str, Any],
@@ -107,8 +118,8 @@ class NormKeys(GuestKeys):
         errors: list[str],
     ) -> None:
         if self.guest is not None:
-            return super().load(owner, state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        found = {n: state_dict.pop(self.key(prefix, n), None) for n in (*self.required, "num_batches_tracked")}
+            return super().load(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        found = {n: state_dict.pop(self.key(prefix, n), None) for n in (*self.required, *self.optional)}
         if all(tensor is None for tensor in found.values()):
             return None  # saved after the norm was absorbed
         absent = [self.key(prefix, n) for n in self.required if found[n] is None]
@@ -120,32 +131,47 @@ class NormKeys(GuestKeys):
             if found[name].shape != (channels,):
                 errors.append(f"size mismatch for {self.key(prefix, name)}: {tuple(found[name].shape)}, expected ({channels},)")
                 return None
-        anchor_was_first = self._session is missing
         self._enter(missing)
-        if anchor_was_first:
-            if self._missing_bias in missing:
-                missing.remove(self._missing_bias)
-            absorb_into(self.row, self.anchor, found, self.eps)
-            self._leave()
-        else:
-            self._arrived = found
+        if self._anchor_arrived is None:
+            self._norm_arrived = found
+            return None
+        bias_key, weight, bias = self._anchor_arrived
+        self._leave()
+        if not self.had_bias:
+            missing.remove(bias_key) if bias is None else unexpected.append(bias_key)
+        if self._fits(weight, bias):
+            assign = bool(metadata.get("assign_to_params_buffers"))
+            absorb_into(self.row, self.anchor, found, self.eps, raw=(weight, bias), in_place=not assign)
         return None
 
     def anchor_arrives(
-        self, anchor: nn.Module, state_dict: StateDict, prefix: str, metadata: Any, strict: bool, missing: list[str], *_: Any
+        self,
+        anchor: nn.Module,
+        state_dict: StateDict,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
     ) -> None:
         weight, bias = state_dict.get(prefix + "weight"), state_dict.get(prefix + "bias")
         if weight is None or weight is anchor.weight:
             return  # missing, or a group handing its child what it already has
         self._enter(missing)
-        if self._arrived is not None:
-            groups = self.row.groups(anchor)
+        if self._norm_arrived is None:
+            # Without a bias it is right only if the norm's keys still come; `load` then takes the complaint back.
+            self._anchor_arrived = (prefix + "bias", weight, bias)
+            return
+        if bias is not None and not self.had_bias:
+            unexpected.append(prefix + "bias")
+        if self._fits(weight, bias):
             state_dict[prefix + "weight"], state_dict[prefix + "bias"] = fold(
-                self.row, groups, weight, bias, self._arrived, self.eps
+                self.row, self.row.groups(anchor), weight, bias, self._norm_arrived, self.eps
             )
-            self._leave()
-        elif bias is None and not self.had_bias:
-            # Right if the norm's keys still come; until then the bias that absorbing made is missing.
-            self._missing_bias = prefix + "bias"
-            missing.append(self._missing_bias)
-            state_dict[prefix + "bias"] = anchor.bias.detach().new_zeros(anchor.bias.shape)  # type: ignore[union-attr]
+        self._leave()
+
+
+def _no_counter(state_dict: StateDict, prefix: str, *_: Any) -> None:
+    """A stock batch norm adds the counter that old checkpoints lack; one that never had it then calls it unexpected."""
+    state_dict.pop(f"{prefix}num_batches_tracked", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -74,14 +75,15 @@ def assemble(
 def guard_rank(row: Anchor, anchor: nn.Module) -> None:
     """An absorbed BatchNorm1d no longer sees which axis it normalizes: keep refusing inputs of another rank."""
     if row.norm_input_dim is not None:
-        anchor.register_forward_pre_hook(partial(_refuse_rank, row.norm_input_dim))
+        anchor.register_forward_pre_hook(partial(_refuse_rank, row.norm_input_dim), with_kwargs=True)
 
 
-def _refuse_rank(dim: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    if args[0].dim() != dim:
+def _refuse_rank(dim: int, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+    given = (args[0] if args else kwargs["input"]).dim()
+    if given != dim:
         raise FusionError(
             f"{type(module).__name__} absorbed a BatchNorm1d, which normalizes its output channels only for inputs of {dim} "
-            f"dimensions; this one has {args[0].dim()}. Leave the norm out of the fused group."
+            f"dimensions; this one has {given}. Leave the norm out of the fused group."
         )
 
 

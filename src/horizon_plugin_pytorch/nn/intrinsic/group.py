@@ -23,7 +23,45 @@ class Identity(nn.Identity):
     """Stands where a module stood that moved into a group, and keeps its name in the model."""
 
 
-class FusedGroup(nn.Module):
+class AddPlace:
+    """A group standing where a FloatFunctional stood: answers to its ``add`` and ``add_relu``, refuses its other methods."""
+
+    pattern: ClassVar[Pattern]
+    handoff: Token | None = None  # fused by name with an add: the place the anchor's input comes from
+
+    def _operands(self, a: Any, b: Any) -> tuple[AnchorInput, Any]:
+        for first, other in ((a, b), (b, a)):
+            if isinstance(first, AnchorInput) and first.handoff.token is self.handoff:
+                if isinstance(other, AnchorInput):
+                    other.misused("an add that another convolution was fused into")
+                if first.consumed:
+                    first.misused("a second add")
+                first.consumed = True
+                return first, other
+        raise FusionError(
+            f"{self.pattern.name}.add: neither operand is the output of the {self.pattern.anchor.type.__name__} fused into this add. "
+            "A FloatFunctional that is used for several adds cannot be fused: give each add its own."
+        )
+
+    def add(self, a: Any, b: Any) -> Tensor:
+        """`FloatFunctional.add` of the fused anchor's output and another tensor, in either order."""
+        first, other = self._operands(a, b)
+        return self(first.value, other, **first.kwargs)  # type: ignore[operator, no-any-return]
+
+    def add_relu(self, a: Any, b: Any) -> Tensor:
+        """`FloatFunctional.add_relu`: add, then ReLU."""
+        return torch.relu(self.add(a, b))
+
+    def _no_method(self, *_: Any, **__: Any) -> Any:
+        raise FusionError(
+            f"{self.pattern.name} stands where a FloatFunctional stood and only adds; another of its methods was called. "
+            "Give that call a FloatFunctional of its own."
+        )
+
+    add_scalar = mul = mul_scalar = cat = matmul = sub = _no_method
+
+
+class FusedGroup(AddPlace, nn.Module):
     """anchor -> [norm] -> [add] -> [activation] as one module.
 
     Args:
@@ -49,7 +87,6 @@ class FusedGroup(nn.Module):
         for name, module in zip(names, modules, strict=True):
             self.add_module(name, module)
         self.training = modules[0].training
-        self.handoff: Token | None = None  # fused by name with an add: the place the anchor's input comes from
         self.norm_keys: NormKeys | None = None
         self.keys_elsewhere: tuple[str, ...] = ()  # children whose checkpoint keys another place holds
 
@@ -77,14 +114,14 @@ class FusedGroup(nn.Module):
 
     # -- computing ----------------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *operands: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *operands: Any, **kwargs: Any) -> Tensor:
         """The group's result; `operands` is the add's other operand, further arguments are the anchor's."""
         if not self.pattern.add:
             kwargs.update(zip(("output_size",), operands, strict=False))
-            return self._finish(self._linear(x, kwargs))
+            return self._finish(self._linear(input, kwargs))
         if len(operands) != 1:
             raise TypeError(f"{self.pattern.name} takes the anchor's input and the add's other operand; fused by name, call .add()")
-        return self._finish(torch.add(self._linear(x, kwargs), operands[0]))
+        return self._finish(torch.add(self._linear(input, kwargs), operands[0]))
 
     def _linear(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         y = self.anchor(x, **kwargs)
@@ -92,36 +129,6 @@ class FusedGroup(nn.Module):
 
     def _finish(self, y: Tensor) -> Tensor:
         return y if self.activation is None else self.activation(y)
-
-    # -- standing where a FloatFunctional stood -----------------------------------------------------------------------------
-
-    def _operands(self, a: Any, b: Any) -> tuple[AnchorInput, Any]:
-        for first, other in ((a, b), (b, a)):
-            if isinstance(first, AnchorInput) and first.handoff.token is self.handoff:
-                if isinstance(other, AnchorInput):
-                    other.misused("an add that another convolution was fused into")
-                return first, other
-        raise FusionError(
-            f"{self.pattern.name}.add: neither operand is the output of the {self.pattern.anchor.type.__name__} fused into this add. "
-            "A FloatFunctional that is used for several adds cannot be fused: give each add its own."
-        )
-
-    def add(self, a: Any, b: Any) -> Tensor:
-        """`FloatFunctional.add` of the fused anchor's output and another tensor, in either order."""
-        first, other = self._operands(a, b)
-        return self(first.value, other, **first.kwargs)
-
-    def add_relu(self, a: Any, b: Any) -> Tensor:
-        """`FloatFunctional.add_relu`: add, then ReLU."""
-        return torch.relu(self.add(a, b))
-
-    def _no_method(self, *_: Any, **__: Any) -> Any:
-        raise FusionError(
-            f"{self.pattern.name} stands where a FloatFunctional stood and only adds; another of its methods was called. "
-            "Give that call a FloatFunctional of its own."
-        )
-
-    add_scalar = mul = mul_scalar = cat = matmul = sub = _no_method
 
     # -- checkpoints --------------------------------------------------------------------------------------------------------
 
@@ -171,8 +178,10 @@ def move_hooks(source: nn.Module, target: nn.Module, *tables: str) -> None:
         assert table in HOOK_TABLES
         for name in (table, f"{table}_with_kwargs", f"{table}_always_called"):
             if name in source.__dict__:
-                setattr(target, name, source.__dict__[name])
-                setattr(source, name, type(source.__dict__[name])())
+                moved = source.__dict__[name]
+                moved.update(target.__dict__[name])
+                setattr(target, name, moved)
+                setattr(source, name, type(moved)())
 
 
 def keep_keys(guest: nn.Module, owner: nn.Module) -> None:

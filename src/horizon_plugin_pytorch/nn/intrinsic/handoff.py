@@ -7,6 +7,7 @@ else that touches it raises, because the anchor's output does not exist outside 
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -22,10 +23,11 @@ class AnchorInput:
     Any use other than handing it to the group's ``add`` or ``add_relu`` raises `FusionError` naming both places.
     """
 
-    __slots__ = ("handoff", "kwargs", "value")
+    __slots__ = ("consumed", "handoff", "kwargs", "value")
 
     def __init__(self, value: Tensor, kwargs: dict[str, Any], handoff: Handoff) -> None:
         self.value, self.kwargs, self.handoff = value, kwargs, handoff
+        self.consumed = False
 
     def misused(self, by: str) -> NoReturn:
         anchor, group, user = _names(self.handoff)
@@ -54,8 +56,16 @@ def _refuse(name: str) -> Any:
     return method
 
 
-for _name in "add radd iadd sub rsub mul rmul truediv rtruediv matmul neg pow getitem setitem len iter bool float int".split():
+_OPERATORS = """
+    add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv floordiv rfloordiv mod rmod pow rpow matmul rmatmul
+    and rand or ror xor rxor neg pos abs invert eq ne lt le gt ge getitem setitem contains len iter bool float int index array
+"""
+for _name in _OPERATORS.split():
     setattr(AnchorInput, f"__{_name}__", _refuse(f"__{_name}__"))
+
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_THIS_PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(__file__))) + os.sep
 
 
 def _names(handoff: Handoff) -> tuple[str, str, str]:
@@ -65,12 +75,13 @@ def _names(handoff: Handoff) -> tuple[str, str, str]:
     line = ""
     frame = sys._getframe(1)
     while frame is not None:
-        module = frame.f_locals.get("self")
+        module, file = frame.f_locals.get("self"), frame.f_code.co_filename
         if isinstance(module, nn.Module):
             root = module
-            if reader is None and frame.f_code.co_name != "_call_impl" and not isinstance(module, Handoff):
+            if reader is None and not file.startswith(_THIS_PACKAGE):
                 reader = module
-                line = f" ({frame.f_code.co_filename}:{frame.f_lineno})"
+        if not line and not file.startswith((_TORCH, _THIS_PACKAGE)):
+            line = f" ({file}:{frame.f_lineno})"
         frame = frame.f_back  # type: ignore[assignment]
     paths = {id(m): name for name, m in root.named_modules()} if root is not None else {}
     anchor = paths.get(id(handoff))
@@ -91,10 +102,10 @@ class Handoff(nn.Module):
         super().__init__()
         self.token = Token()
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> AnchorInput:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> AnchorInput:
         if args:  # ConvTranspose's output_size
             kwargs = {"output_size": args[0], **kwargs}
-        return AnchorInput(x, kwargs, self)
+        return AnchorInput(input, kwargs, self)
 
 
 def refuse_escaped(module: nn.Module, args: Any, output: Any) -> None:

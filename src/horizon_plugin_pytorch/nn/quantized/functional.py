@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from horizon_plugin_pytorch.nn.quantized.operators import Operator
+
 
 class FloatFunctional(nn.Module):
     """Operators as methods of a module; use one instance per call site, and call its methods, not the module.
@@ -47,3 +49,17 @@ class FloatFunctional(nn.Module):
 
     def cat(self, x: Sequence[Tensor], dim: int = 0) -> Tensor:
         return self._out(torch.cat(list(x), dim=dim))
+
+
+class FloatOperator(nn.Module):
+    """An operator that has an integer form, as a module of a float graph."""
+
+    def __init__(self, operator: Operator) -> None:
+        super().__init__()
+        self.operator = operator
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return self.operator.float(*xs)
+
+    def extra_repr(self) -> str:
+        return repr(self.operator)

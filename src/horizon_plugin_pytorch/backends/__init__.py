@@ -1,0 +1,1 @@
+"""Who executes integers: `reference`, PyTorch, is the definition; each other backend equals it bit for bit."""

@@ -1,0 +1,210 @@
+"""Turning functions of a graph that have an integer form into modules, so that they can be quantized and named."""
+
+from __future__ import annotations
+
+import operator as python_operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from horizon_plugin_pytorch.fusion import operators as fusion_operators
+from horizon_plugin_pytorch.fusion import patterns as p
+from horizon_plugin_pytorch.nn.quantized import operators as ops
+from horizon_plugin_pytorch.nn.quantized.functional import FloatOperator
+from horizon_plugin_pytorch.nn.quantized.group import CLAMPS
+
+MULS: frozenset[Any] = frozenset({python_operator.mul, python_operator.imul, torch.mul, torch.Tensor.mul, "mul", "mul_", "__mul__"})
+CATS: frozenset[Any] = frozenset({torch.cat, torch.concat, torch.concatenate})
+MEANS: frozenset[Any] = frozenset({torch.mean, torch.Tensor.mean, "mean"})
+POOLS: dict[Any, int] = {F.avg_pool1d: 1, F.avg_pool2d: 2, F.avg_pool3d: 3}
+ADAPTIVE_POOLS: dict[Any, int] = {F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2, F.adaptive_avg_pool3d: 3}
+
+NONNEGATIVE_FUNCTIONS: frozenset[Any] = frozenset(
+    {F.relu, torch.relu, "relu", F.relu6, F.sigmoid, torch.sigmoid, "sigmoid", F.hardsigmoid, F.softplus, torch.abs, "abs"}
+    | {torch.exp, "exp", torch.square, "square"}
+)
+ELEMENTWISE_FUNCTIONS: frozenset[Any] = NONNEGATIVE_FUNCTIONS | frozenset(
+    {F.silu, F.hardswish, F.leaky_relu, F.gelu, F.elu, F.selu, F.celu, F.tanh, torch.tanh, "tanh", F.mish, F.softsign, F.logsigmoid}
+    | {F.hardtanh, torch.clamp, "clamp", "clamp_", torch.clip, "clip", "clip_", torch.clamp_min, "clamp_min", "clamp_min_"}
+    | {torch.clamp_max, "clamp_max", "relu_", F.relu_, torch.relu_, "sigmoid_", "tanh_", torch.neg, "neg", python_operator.neg}
+    | {torch.pow, "pow", python_operator.pow, torch.sqrt, "sqrt", torch.sin, "sin", torch.cos, "cos", torch.log, "log"}
+    | {python_operator.sub, torch.sub, "sub", python_operator.truediv, torch.div, "div", "div_", "sub_", "add", "add_", "mul"}
+    | {python_operator.add, torch.add, python_operator.mul, torch.mul, python_operator.iadd, python_operator.imul, "mul_"}
+    | {python_operator.itruediv, python_operator.isub}
+)
+"""Functions that are elementwise in one tensor, all other arguments being constants."""
+
+
+@dataclass
+class Call:
+    """A graph node as a function of its one tensor."""
+
+    method: bool
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    position: int = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        args = list(self.args)
+        args.insert(self.position, x.clone())  # functions in place are values here
+        if self.method:
+            return getattr(args[0], self.target)(*args[1:], **self.kwargs)
+        return self.target(*args, **self.kwargs)
+
+    @property
+    def __name__(self) -> str:
+        return self.target if self.method else getattr(self.target, "__name__", str(self.target))
+
+
+def modularize(gm: fx.GraphModule) -> None:
+    """Rewrite `gm` in place: every function with an integer form becomes a `FloatOperator`."""
+    graph = gm.graph
+    modules = dict(gm.named_modules())
+    counts: dict[str, int] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_module" and (elementwise := _elementwise_module(modules[str(node.target)])):
+            operator: ops.Operator | None = elementwise
+            inputs = node.args[:1]
+            end, name = node, str(node.target)
+        else:
+            read = read_operator(node, modules)
+            if read is None:
+                continue
+            operator, inputs, end, name = *read, ""
+        if not name or (name in modules and isinstance(modules[name], FloatOperator)):
+            kind = operator.name.lower().strip("_")  # type: ignore[union-attr]
+            while True:
+                name = f"_generated_{kind}_{counts.get(kind, 0)}"
+                counts[kind] = counts.get(kind, 0) + 1
+                if not hasattr(gm, name):
+                    break
+        assert operator is not None
+        module = FloatOperator(operator).train(gm.training)
+        parent, _, leaf = name.rpartition(".")
+        gm.get_submodule(parent)._modules[leaf] = module
+        modules[name] = module
+        with graph.inserting_before(end):
+            call = graph.call_module(name, tuple(inputs))
+        call.meta = {k: v for k, v in node.meta.items() if k == "source"}
+        _replace(graph, node, end, call)
+    graph.lint()
+    gm.recompile()
+
+
+def _replace(graph: fx.Graph, start: fx.Node, end: fx.Node, call: fx.Node) -> None:
+    """Let `call` stand for the chain of single consumers from `start` to `end`."""
+    end.replace_all_uses_with(call)
+    node: fx.Node | None = end
+    while node is not None:
+        before = node.args[0] if node is not start and isinstance(node.args[0], fx.Node) else None
+        graph.erase_node(node)
+        node = before
+
+
+Read = tuple[ops.Operator, tuple[fx.Node, ...], fx.Node]
+
+
+def read_operator(node: fx.Node, modules: dict[str, nn.Module]) -> Read | None:
+    """``(operator, its tensors, the last node it covers)`` of a function or method node with an integer form."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if (add := fusion_operators.read_add(node)) and not add.refused:
+        activation, end = _activation_behind(_observer_behind(node, modules), modules)
+        return ops.Add(activation), (add.left, add.right), _observer_behind(end, modules)
+    kwargs = dict(node.kwargs)
+    tensors = [a for a in node.args if isinstance(a, fx.Node)]
+    if node.target in MULS and len(node.args) == 2 and len(tensors) == 2 and not kwargs:
+        return ops.Mul(), (tensors[0], tensors[1]), _observer_behind(node, modules)
+    if node.target in CATS:
+        call = dict(zip(("tensors", "dim"), node.args, strict=False)) | kwargs
+        operands = call["tensors"]
+        if isinstance(operands, (list, tuple)) and all(isinstance(t, fx.Node) for t in operands) and isinstance(call.get("dim", 0), int):
+            return ops.Cat(call.get("dim", 0)), tuple(operands), _observer_behind(node, modules)
+        return None
+    if node.target in MEANS:
+        call = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | kwargs
+        dim = call.get("dim")
+        dims = (dim,) if isinstance(dim, int) else tuple(dim) if isinstance(dim, (list, tuple)) else None
+        if dims and set(call) <= {"input", "dim", "keepdim"} and all(isinstance(d, int) for d in dims):
+            return ops.Mean(dims, bool(call.get("keepdim", False))), (call["input"],), node
+        return None
+    if node.target in POOLS and len(tensors) == 1:
+        names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+        call = dict(zip(names, node.args, strict=False)) | kwargs
+        x = call.pop("input")
+        stride = call.get("stride")
+        call["stride"] = stride or None
+        return ops.AvgPool(POOLS[node.target], **call), (x,), node
+    if node.target in ADAPTIVE_POOLS and len(tensors) == 1:
+        call = dict(zip(("input", "output_size"), node.args, strict=False)) | kwargs
+        if isinstance(call["output_size"], fx.Node):
+            return None
+        return ops.AdaptiveAvgPool(ADAPTIVE_POOLS[node.target], call["output_size"]), (call["input"],), node
+    return _read_elementwise(node, modules)
+
+
+def _read_elementwise(node: fx.Node, modules: dict[str, nn.Module]) -> Read | None:
+    if node.target not in ELEMENTWISE_FUNCTIONS or len(node.all_input_nodes) != 1:
+        return None
+    positions = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node)]
+    constants = [a for i, a in enumerate(node.args) if i not in positions]
+    if len(positions) != 1 or not all(isinstance(c, (int, float, bool, str, type(None))) for c in (*constants, *node.kwargs.values())):
+        return None
+    x: Any = node.args[positions[0]]
+    call = Call(node.op == "call_method", node.target, tuple(constants), dict(node.kwargs), positions[0])
+    nonnegative = node.target in NONNEGATIVE_FUNCTIONS or fusion_operators.read_activation(node) is not None
+    return ops.Elementwise(call, nonnegative=nonnegative), (x,), _observer_behind(node, modules)
+
+
+def _observer_behind(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
+    """The place of a FloatFunctional's observer behind its operator, which hands its result on."""
+    users = list(node.users)
+    if len(users) == 1 and users[0].op == "call_module":
+        owner, _, leaf = str(users[0].target).rpartition(".")
+        if leaf == "activation_post_process" and p.is_float_functional(modules[owner]):
+            return users[0]
+    return node
+
+
+def _activation_behind(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str | None, fx.Node]:
+    """A ReLU or ReLU6 that alone reads an add: both become one operator with one rounding."""
+    users = list(node.users)
+    if len(users) != 1:
+        return None, node
+    user = users[0]
+    row = p.activation_of(modules[str(user.target)]) if user.op == "call_module" else fusion_operators.read_activation(user)
+    if row is None or row not in CLAMPS or not user.args:
+        return None, node
+    return CLAMPS[row], user
+
+
+def _elementwise_module(module: nn.Module) -> ops.Elementwise | None:
+    """A user's own activation module: no tensors, and nothing in its forward but elementwise functions of its one input."""
+    if type(module).__module__.startswith("torch.nn") or any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+        return None
+    if any(getattr(module, table, None) for table in p.HOOK_TABLES):
+        return None
+    from horizon_plugin_pytorch.quantization.prepare import ELEMENTWISE
+
+    try:
+        graph = fx.Tracer().trace(module)
+    except Exception:
+        return None
+    children = dict(module.named_modules())
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    body = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    if len(placeholders) != 1 or not body:
+        return None
+    for node in body:
+        if node.op == "call_module":
+            if not isinstance(children[str(node.target)], ELEMENTWISE):
+                return None
+        elif node.op == "get_attr" or node.target not in ELEMENTWISE_FUNCTIONS | MULS | fusion_operators.ADDS:
+            return None
+    return ops.Elementwise(module)
+
+
