@@ -153,7 +153,7 @@ def output_plans(model: nn.Module) -> tuple[dict[str, OutputPlan], str | None]:
         operands = [n for n in source.all_input_nodes]
         if len(source.users) == 1:
             node.args = tuple(operands)
-    graph.eliminate_dead_code()
+            graph.erase_node(source)
     shown = {**modules, **{str(n.target): FloatOperator(_ANY) for n in functional}}
     flow = flow_of(graph, shown, qconfigs, has_stubs=True)
     plans: dict[str, OutputPlan] = {}
