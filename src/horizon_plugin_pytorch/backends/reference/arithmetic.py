@@ -162,20 +162,18 @@ def epilogue(
         raise ValueError("a residual needs residual_ratio")
     if activation == "relu6" and bound is None:
         raise ValueError("relu6 needs bound")
-    lo_hi = None if dtype == torch.float32 else integer_range(dtype)
+    limits = None if dtype == torch.float32 else integer_range(dtype)
 
-    def five_lines(
-        acc: Tensor, m: Tensor, residual: Tensor | None, ratio: Tensor | None, bound: Tensor | None
-    ) -> Tensor:
+    def five_lines(acc: Tensor, residual: Tensor | None, m: Tensor, ratio: Any, bound: Tensor | None) -> Tensor:
         y = acc.to(torch.float32) * m
-        if residual is not None and ratio is not None:
+        if residual is not None:
             y = fma(residual.to(torch.float32), ratio, y)
         y = _ACTIVATIONS[activation](y, bound)
-        return y if lo_hi is None else round_and_clamp(y, *lo_hi, dtype)
+        return y if limits is None else round_and_clamp(y, *limits, dtype)
 
-    ratios = {"m": m, "residual_ratio": None if residual is None else residual_ratio, "bound": bound}
-    m_, ratio, bound = (None if r is None else along(r, acc, axis, name) for name, r in ratios.items())
-    return _in_blocks(five_lines, (acc, m_, residual, ratio, bound), dtype)
+    named = {"m": m, "residual_ratio": residual_ratio, "bound": bound}
+    ratios = [None if ratio is None else along(ratio, acc, axis, name) for name, ratio in named.items()]
+    return _in_blocks(five_lines, acc, [residual, *ratios], dtype)
 
 
 # Shared by the modules of this package.
@@ -236,14 +234,13 @@ def round_and_clamp(y: Tensor, lo: int, hi: int, dtype: torch.dtype) -> Tensor:
     return y.round_().clamp_(lo, hi).to(torch.int16).to(dtype)
 
 
-def _in_blocks(fn: Callable[..., Tensor], operands: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
-    """``fn(*operands)``, elementwise, as `dtype`; in blocks on the CPU, where the intermediate results then stay in cache."""
+def _in_blocks(fn: Callable[..., Tensor], acc: Tensor, others: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+    """``fn(acc, *others)``, elementwise, as `dtype`; on the CPU in blocks, whose intermediate results stay in cache."""
+    operands = [acc, *others]
     shape = torch.broadcast_shapes(*(o.shape for o in operands if o is not None))
-    first = operands[0]
     block = BLOCK * torch.get_num_threads()
-    if first is None or first.device.type != "cpu" or shape.numel() <= block:
+    if acc.device.type != "cpu" or shape.numel() <= block:
         return fn(*operands)
-    expanded = [None if o is None else o.expand(shape) for o in operands]
 
     def fill(out: Tensor, parts: Sequence[Tensor | None]) -> None:
         if out.numel() <= block:
@@ -255,6 +252,6 @@ def _in_blocks(fn: Callable[..., Tensor], operands: Sequence[Tensor | None], dty
         for start, length in ((0, half), (half, out.shape[dim] - half)):
             fill(out.narrow(dim, start, length), [None if p is None else p.narrow(dim, start, length) for p in parts])
 
-    result = torch.empty_like(first.expand(shape), dtype=dtype)
-    fill(result, expanded)
+    result = torch.empty_like(acc.expand(shape), dtype=dtype)
+    fill(result, [None if o is None else o.expand(shape) for o in operands])
     return result

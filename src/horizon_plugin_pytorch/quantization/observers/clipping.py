@@ -58,7 +58,7 @@ class MSEObserver(HistogramObserver):
     """
 
     def __init__(
-        self, bins: int = 1024, *, axis: int | None = None, averaging_constant: float = 0.01, sync: bool = True
+        self, bins: int = 512, *, axis: int | None = None, averaging_constant: float = 0.01, sync: bool = True
     ) -> None:
         super().__init__(bins=bins, axis=axis, averaging_constant=averaging_constant, sync=sync)
 

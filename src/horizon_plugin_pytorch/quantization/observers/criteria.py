@@ -15,7 +15,7 @@ from horizon_plugin_pytorch.errors import QuantizationError
 from horizon_plugin_pytorch.quantization.observers.histogram import Histogram
 
 _PER_OCTAVE, _FINER = 8, 4
-_ELEMENTS = 2**22  # of one step of a search
+_ELEMENTS = 2**18  # of one step of a search: a few MB, so that on a CPU they stay in its cache
 
 
 def percentile(counts: Tensor, edges: Tensor, percent: float, largest: Tensor) -> Tensor:
@@ -101,7 +101,8 @@ def relative_entropy(counts: Tensor, edges: Tensor, thresholds: Tensor, levels: 
 
     Both have `bins` equal bins over [0, T]. p has everything above T added to its last bin. q is what is inside [0, T], `levels`
     groups of bins with each group's mass spread evenly over those of its bins that are not empty. Exact zeros are left out: they
-    cost nothing with any threshold.
+    cost nothing with any threshold. A threshold that clips more than half of the values counts as infinitely bad: the fewer values
+    are inside, the better they can be like themselves, and the criterion says nothing any more.
 
     Args:
         counts: [n], `Histogram.magnitudes` of one tensor.
@@ -126,7 +127,8 @@ def relative_entropy(counts: Tensor, edges: Tensor, thresholds: Tensor, levels: 
     q = (groups.sum(-1, keepdim=True) / filled.sum(-1, keepdim=True).clamp(min=1) * filled).view_as(p)
     q = q / q.sum(-1, keepdim=True)
     # A value where q has none would cost infinitely much; it can only be the clipped ones in an otherwise empty last bin.
-    return torch.where(p > 0, p * (p / q.clamp(min=1e-12)).log(), 0.0).sum(-1)
+    entropy = torch.where(p > 0, p * (p / q.clamp(min=1e-12)).log(), 0.0).sum(-1)
+    return torch.where(inside.sum(-1) < 0.5, torch.inf, entropy)
 
 
 def least_squared_error(histogram: Histogram, lo: int, hi: int, largest: Tensor) -> Tensor:
