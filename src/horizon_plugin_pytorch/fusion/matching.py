@@ -74,6 +74,7 @@ class Matcher:
 
     def __init__(self, traced: Traced, prefix: str, keep_bn: bool) -> None:
         self.root, self.graph, self.prefix, self.keep_bn = traced.root, traced.graph, prefix, keep_bn
+        self.of_this_mode = traced.of_this_mode
         self.nodes = list(self.graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.modules = dict(self.root.named_modules(remove_duplicate=False))
@@ -87,6 +88,7 @@ class Matcher:
                 self.calls.setdefault(id(self.modules[str(node.target)]), []).append(node)
             elif node.op == "get_attr":
                 self.reads[str(node.target).rpartition(".")[0]] += 1
+        self.whole = tuple(f"{path}." for path in traced.left_whole)
         self.aliases: dict[fx.Node, fx.Node] = {}
         self._by_storage: dict[fx.Node, list[fx.Node]] = {}
         self.matches: list[Match] = []
@@ -337,6 +339,8 @@ class Matcher:
             names = self.paths[id(module)]
             if len(names) > 1:
                 return f"{self.name(node)!r} is the same module as {', '.join(repr(n) for n in names if n != path)}: it is shared"
+            if path.startswith(self.whole):
+                return f"{self.name(node)!r} is inside a module that was left whole and may call it, too"
             if self.reads[path]:
                 return f"the parameters of {self.name(node)!r} are read by the forward, too"
         if role == "anchor":
@@ -432,5 +436,17 @@ class Matcher:
             else:
                 reason = "the convolution before it is part of another group"
             self.miss("norm", node, reason, source)
+        elif (inside := self._unusual_anchor(source)) is not None:
+            path, kind = inside
+            self.misses.append(Miss("norm", (path, self.name(node)), f"{kind} {path!r} has a forward of its own", node.meta.get("source")))
         else:
             self.miss("norm", node, f"its input is {self.name(source)!r}, not a convolution's or linear layer's output")
+
+    def _unusual_anchor(self, node: fx.Node) -> tuple[str, str] | None:
+        """The path and type of the subclass of an anchor, with a forward of its own, that a node is or is inside of."""
+        paths = [str(node.target)] if node.op == "call_module" else [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        for path in reversed(paths):
+            module = self.modules.get(path)
+            if isinstance(module, p.anchor_types()):
+                return (f"{self.prefix}.{path}" if self.prefix else path), type(module).__name__
+        return None

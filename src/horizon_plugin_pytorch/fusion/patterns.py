@@ -191,6 +191,11 @@ def anchor_of(module: nn.Module) -> Anchor | None:
     return next((row for row in ANCHORS if _computes_as(module, row.type)), None)
 
 
+def anchor_types() -> tuple[type[nn.Module], ...]:
+    """The types of the anchor axis; a subclass with a forward of its own is one of them and no anchor."""
+    return tuple(row.type for row in ANCHORS)
+
+
 def is_frozen_batch_norm(module: nn.Module) -> bool:
     """torchvision's FrozenBatchNorm2d or a class of that name: weight, bias, running_mean and running_var are buffers."""
     buffers = {"weight", "bias", "running_mean", "running_var"}

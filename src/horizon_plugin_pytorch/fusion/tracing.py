@@ -11,7 +11,6 @@ import copy
 import inspect
 import os
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from horizon_plugin_pytorch.fusion import operators, patterns
+from horizon_plugin_pytorch.fusion import calls, operators, patterns
 from horizon_plugin_pytorch.nn.intrinsic import FusedGroup, Handoff
 from horizon_plugin_pytorch.nn.intrinsic.handoff import AnchorInput
 
@@ -38,11 +37,13 @@ def expect_default(value: Any, default: Any, name: str) -> None:
 
 @dataclass
 class Traced:
-    """The graph of one module, and the modules inside that were left whole, with the reason."""
+    """The graph of one module, the modules inside that were left whole, with the reason, and the nodes that are not the same
+    in the other training mode (None: it cannot be traced there)."""
 
     root: nn.Module
     graph: fx.Graph
     left_whole: dict[str, str] = field(default_factory=dict)
+    of_this_mode: set[fx.Node] | None = field(default_factory=set)
 
 
 class FusionTracer(fx.Tracer):
@@ -96,14 +97,16 @@ class FusionTracer(fx.Tracer):
             del m.__dict__["_check_input_dim"]
             if check is not None:
                 m.__dict__["_check_input_dim"] = check
-        if self._interesting == interesting and isinstance(result, fx.Proxy) and self.graph._root.prev is not mark:
+        nothing_inside = self._interesting == interesting and self.left_whole == whole
+        if nothing_inside and isinstance(result, fx.Proxy) and self.graph._root.prev is not mark:
             try:
                 self.create_arg((args, kwargs))
             except Exception:
                 return result  # the call cannot be written down as one
             overwrites = self._overwrites_since(mark)
             self._roll_back(mark)
-            self.left_whole = whole
+            if any(patterns.anchor_of(child) is not None for child in m.modules()):
+                self.left_whole[path] = "its convolutions are called from where tracing does not see them"
             return self._call_whole(path, args, kwargs, overwrites)
         return result
 
@@ -239,13 +242,45 @@ def trace_parts(model: nn.Module, given: frozenset[str]) -> tuple[dict[str, Trac
             whole[path] = (module, _explain(error))
             todo.extend(_parts(path, module))
             continue
-        traced[path] = Traced(module, graph, tracer.left_whole)
+        traced[path] = Traced(module, graph, tracer.left_whole, _of_this_mode(module, graph, names))
         for inner, reason in tracer.left_whole.items():
             child = module.get_submodule(inner)
             if _has_anchor(child):
                 whole[_join(path, inner)] = (child, reason)
-                todo.extend(_parts(_join(path, inner), child))
+                todo.extend(_parts(_join(path, inner), child, _uses_inside(graph, inner)))
     return traced, whole
+
+
+def _of_this_mode(module: nn.Module, graph: fx.Graph, given: frozenset[str]) -> set[fx.Node] | None:
+    """The nodes of `graph` that a trace in the other training mode does not have."""
+    modes = {m: m.training for m in module.modules()}
+    other_mode = not module.training
+    try:
+        with _attributes_kept(module):
+            for m in modes:
+                m.training = other_mode
+            other = FusionTracer(given).trace(module)
+    except Exception:
+        return None
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+    def describe(node: fx.Node) -> tuple[Any, ...]:
+        return node.op, str(node.target), str(node.args), str(node.kwargs)
+
+    there = {node.name: describe(node) for node in other.nodes}
+    return {node for node in graph.nodes if there.get(node.name) != describe(node)}
+
+
+def _uses_inside(graph: fx.Graph, path: str) -> frozenset[calls.Use]:
+    """Uses of what is inside the module at `path` by the graph itself."""
+    inside = [(n, str(n.target)) for n in graph.nodes if n.op in ("call_module", "get_attr") and str(n.target).startswith(f"{path}.")]
+    uses = set()
+    for node, target in inside:
+        names = tuple(target[len(path) + 1 :].split("."))
+        uses.add(calls.Use(names if node.op == "call_module" else names[:-1], node.op == "call_module"))
+    return frozenset(uses)
 
 
 @contextmanager
@@ -265,43 +300,20 @@ def _join(path: str, name: str) -> str:
 
 
 def _has_anchor(module: nn.Module) -> bool:
-    return any(patterns.anchor_of(m) is not None for m in module.modules())
+    """There is something to fuse inside, or something that looks as if it were."""
+    return any(isinstance(m, patterns.anchor_types()) for m in module.modules())
 
 
-def _parts(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
-    """The children of a module left whole; a child that is not only called but looked into, too, is replaced by its own."""
-    containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-    for name, child in module.named_children():
-        if isinstance(module, containers) or _only_called(type(module), name):
-            yield _join(path, name), child, frozenset()
-        else:
-            yield from _parts(_join(path, name), child)
+def _parts(
+    path: str, module: nn.Module, uses: frozenset[calls.Use] = frozenset()
+) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
+    """The parts of a module left whole that may be fused on their own: those that are called and nothing else.
 
-
-@cache
-def _self_uses(cls: type) -> tuple[frozenset[str], frozenset[str]] | None:
-    """Names of ``self.<name>`` that are called and those used in another way, in the methods of a class; None: no source."""
-    called, other = set(), set()
-    for base in cls.__mro__:
-        if base.__module__.startswith("torch.nn.modules"):
-            break
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):
-            return None
-        functions = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-                if id(node) in functions:
-                    called.add(node.attr)
-                elif isinstance(node.ctx, ast.Load):
-                    other.add(node.attr)
-    return frozenset(called), frozenset(other)
-
-
-def _only_called(cls: type, name: str) -> bool:
-    uses = _self_uses(cls)
-    return uses is not None and name not in uses[1]
+    Args:
+        uses: what is known of uses from outside the module.
+    """
+    for name, part in calls.parts_of(module, uses):
+        yield _join(path, name), part, frozenset()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

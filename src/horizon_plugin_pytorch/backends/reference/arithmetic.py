@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Elements per thread that an elementwise chain works on at a time on the CPU; float64, a block then takes a megabyte.
-BLOCK = 2**17
+# How many elements a chain of elementwise operations takes at a time on the CPU: per thread, so that they stay in its
+# cache, and at most, because the C library maps larger buffers anew each time, at more cost than the work itself.
+BLOCK = 2**16
+BLOCK_MAX = 2**19
 
 _RANGES = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
 
@@ -73,7 +75,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     s = p + c
     t = s - p
     error = (c - t).sub_((s - t).sub_(p))  # exactly p + c - s; NaN where s is not finite
-    # With operands as they come from quantized tensors no float64 sum is inexact; the CPU can look at no cost.
+    # Of operands that come from quantized tensors hardly a float64 sum is inexact; the CPU can look without waiting.
     if s.device.type == "cpu" and not error.any():
         return s.to(torch.float32)
     bits = s.view(torch.int64)
@@ -238,7 +240,7 @@ def _in_blocks(fn: Callable[..., Tensor], acc: Tensor, others: Sequence[Tensor |
     """``fn(acc, *others)``, elementwise, as `dtype`; on the CPU in blocks, whose intermediate results stay in cache."""
     operands = [acc, *others]
     shape = torch.broadcast_shapes(*(o.shape for o in operands if o is not None))
-    block = BLOCK * torch.get_num_threads()
+    block = min(BLOCK * torch.get_num_threads(), BLOCK_MAX)
     if acc.device.type != "cpu" or shape.numel() <= block:
         return fn(*operands)
 

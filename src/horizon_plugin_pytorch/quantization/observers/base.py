@@ -1,4 +1,4 @@
-"""What every observer does: follow the extremes of a tensor, agree on them across processes, and turn a threshold into a scale."""
+"""What every observer does: follow a tensor's extremes, agree on them across processes, make a scale of a threshold."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ LEAST_SHARE = 2.0**-24
 
 
 class Observer(KeepsDtype):
-    """Decides the scale of a tensor from the values it takes. Base class; a subclass says how the threshold is chosen.
+    """Decides the scale of a tensor from the values it takes. Base class; a subclass's `_threshold` says how.
 
-    The scale is symmetric with zero point 0: ``scale = threshold / hi``, computed in float64 and rounded once to float32.
+    The scale is symmetric with zero point 0: ``scale = threshold / hi``, computed in float64 and rounded once to
+    float32.
 
     Args:
         axis: None for one scale per tensor, else the dimension that has one scale per index (channel).
-        averaging_constant: how far a training step moves the statistics, ``new = old + c * (current - old)``, in [0, 1].
-            With 0 they stay as they are once there are any, and observing costs nothing.
-        sync: with `torch.distributed` initialized, combine each batch with those of the other ranks, so that all have the same
-            statistics and scales. Every rank must then observe equally often; an empty tensor counts as zeros. Set it to
-            False to observe on one rank only.
+        averaging_constant: how far a training step moves the statistics, ``new = old + c * (current - old)``, in
+            [0, 1]. With 0 they stay as they are once there are any, and observing costs nothing.
+        sync: with `torch.distributed` initialized, combine each batch with those of the other ranks, so that all have
+            the same statistics and scales. Every rank must then observe equally often; an empty tensor counts as
+            zeros. Set it to False to observe on one rank only.
 
-    The statistics are buffers. They are empty until something was observed, so ``state_dict`` says which it was, and loading
-    resizes them; they keep their dtype when the model's is changed.
+    The statistics are buffers. They are empty until something was observed, so ``state_dict`` says which it was, and
+    loading resizes them; they keep their dtype when the model's is changed.
 
     Raises:
         QuantizationError: an argument out of range.
@@ -63,7 +64,7 @@ class Observer(KeepsDtype):
         self.register_buffer("low", torch.empty(0))
         self.register_buffer("high", torch.empty(0))
 
-    # -- observing ----------------------------------------------------------------------------------------------------------
+    # -- observing ---------------------------------------------------------------------------------------------------
 
     def observe(self, x: Tensor, running: bool) -> None:
         """Take in a batch.
@@ -72,8 +73,8 @@ class Observer(KeepsDtype):
 
         Args:
             x: floating point, any shape and memory format; not changed.
-            running: False to calibrate: all values seen so far count equally. True to train: a moving average, which the first
-                batch starts.
+            running: False to calibrate: all values seen so far count equally. True to train: a moving average, which
+                the first batch starts.
 
         Raises:
             QuantizationError: `x` has no dimension `axis`, or another number of channels than before.
@@ -92,7 +93,7 @@ class Observer(KeepsDtype):
                 # NaN has no defined maximum across ranks, infinity has; the sign turns a minimum into a maximum.
                 both = torch.stack((-low, high)).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
                 dist.all_reduce(both, dist.ReduceOp.MAX)
-                low, high = -both[0], both[1]
+                low, high = -both[0], both[1].clone()
             self._accumulate(x, low, high, running, shared)
 
     def _accumulate(self, x: Tensor, low: Tensor, high: Tensor, running: bool, shared: bool) -> None:
@@ -109,14 +110,14 @@ class Observer(KeepsDtype):
     def _check_shape(self, x: Tensor) -> None:
         if self.axis is None:
             return
-        kind = type(self).__name__
+        kind, shape = type(self).__name__, tuple(x.shape)
         if not -x.dim() <= self.axis < x.dim():
             raise QuantizationError(
-                f"{kind}: a tensor of shape {tuple(x.shape)} has no dimension {self.axis} to have scales along"
+                f"{kind}: a tensor of shape {shape} has no dimension {self.axis} to have scales along"
             )
         if not self._fresh and x.shape[self.axis] != self.low.numel():
             raise QuantizationError(
-                f"{kind}: {x.shape[self.axis]} channels in a tensor of shape {tuple(x.shape)}, {self.low.numel()} before"
+                f"{kind}: {shape[self.axis]} channels in a tensor of shape {shape}, {self.low.numel()} before"
             )
 
     @property
@@ -150,11 +151,11 @@ class Observer(KeepsDtype):
             channels = bad.nonzero().flatten().tolist()
             where = f" in channels {channels[:8]}{' …' if len(channels) > 8 else ''}"
         raise QuantizationError(
-            f"{name}: NaN or infinite values were observed{where}; look for them in the calibration data and in the float "
-            "model's outputs, then calibrate again"
+            f"{name}: NaN or infinite values were observed{where}; look for them in the calibration data and in the "
+            "float model's outputs, then calibrate again"
         )
 
-    # -- scale --------------------------------------------------------------------------------------------------------------
+    # -- scale -------------------------------------------------------------------------------------------------------
 
     def scale(self, lo: int, hi: int) -> Tensor:
         """The scale for integers in [lo, hi].
@@ -164,11 +165,11 @@ class Observer(KeepsDtype):
             hi: 127 or 255.
 
         Returns:
-            float32, [] or [channels], on the device of the statistics. Positive and never denormal for finite data: what was
-            always zero gets the largest magnitude of the whole tensor as its threshold (zero is exact with any scale, and a
-            channel that wakes up later is not clipped), 1 if the whole tensor was zero; no channel's threshold is smaller than
-            ``2**-24`` of the tensor's, and no scale smaller than ``2**-64``. NaN or infinite data give a scale of NaN or
-            infinity.
+            float32, [] or [channels], on the device of the statistics. Positive and never denormal for finite data:
+            what was always zero gets the largest magnitude of the whole tensor as its threshold (zero is exact with
+            any scale, and a channel that wakes up later is not clipped), 1 if the whole tensor was zero; no channel's
+            threshold is smaller than ``2**-24`` of the tensor's, and no scale smaller than ``2**-64``. NaN or
+            infinite data give a scale of NaN or infinity.
 
         Raises:
             QuantizationError: nothing was observed.
@@ -191,7 +192,7 @@ class Observer(KeepsDtype):
         """float64: the value that `hi` stands for, at most `largest`."""
         raise NotImplementedError
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         for name in self.statistics:
@@ -201,7 +202,7 @@ class Observer(KeepsDtype):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _fits(self, name: str, value: Tensor) -> bool:
-        """Whether a saved statistic belongs to an observer like this one; if not, loading reports its shape as an error."""
+        """Whether a saved statistic is of an observer like this one; if not, loading reports its shape as an error."""
         return value.numel() == 0 or value.dim() == (self.axis is not None)
 
     def extra_repr(self) -> str:
@@ -212,9 +213,9 @@ class Observer(KeepsDtype):
 class MinMaxObserver(Observer):
     """Nothing is clipped: ``scale = max(|min|, |max|) / hi`` for int8, ``max(max, 0) / hi`` for uint8.
 
-    Calibration keeps the extremes ever seen; training keeps moving averages of each batch's two extremes (Jacob et al. 2018,
-    "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", section 3.1,
-    https://arxiv.org/abs/1712.05877). One pass over the data.
+    Calibration keeps the extremes ever seen; training keeps moving averages of each batch's two extremes (Jacob et
+    al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", section
+    3.1, https://arxiv.org/abs/1712.05877). One pass over the data.
     """
 
     def _threshold(self, lo: int, hi: int, largest: Tensor) -> Tensor:
@@ -278,7 +279,8 @@ class FixedScaleObserver(Observer):
         """The given scale, whatever `lo` and `hi` are.
 
         Raises:
-            QuantizationError: one scale was given for all channels, and nothing was observed that tells how many there are.
+            QuantizationError: one scale was given for all channels, and nothing was observed that tells how many
+                there are.
         """
         if self.empty:
             raise QuantizationError(
@@ -303,13 +305,14 @@ def extremes(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
     if axis is None:
         low, high = torch.aminmax(in_memory_order(x))
     else:
-        # Over several dimensions these two are faster than one aminmax, in either memory format. A dimension is added, because
-        # amin over no dimension at all means over every one.
+        # Over several dimensions these two are faster than one aminmax, in either memory format. A dimension is
+        # added, because amin over no dimension at all means over every one.
         others = [d for d in range(x.dim()) if d != axis % x.dim()]
         low, high = x.unsqueeze(-1).amin([*others, -1]), x.unsqueeze(-1).amax([*others, -1])
     return low.to(torch.float32), high.to(torch.float32)
 
 
 def in_memory_order(x: Tensor) -> Tensor:
-    """`x` with its dimensions in the order they lie in memory: reducing or flattening it then copies nothing if it is dense."""
+    """`x` with its dimensions in the order they lie in memory: reducing or flattening it then copies nothing if it is
+    dense."""
     return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))

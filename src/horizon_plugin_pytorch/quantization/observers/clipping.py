@@ -13,9 +13,10 @@ from horizon_plugin_pytorch.quantization.observers.histogram import HistogramObs
 class PercentileObserver(HistogramObserver):
     """The threshold is the magnitude that `percentile` percent of the values do not exceed; the rest is clipped.
 
-    Percentile of |x| for int8, of max(x, 0) for uint8 (Wu et al. 2020, "Integer Quantization for Deep Learning Inference: Principles
-    and Empirical Evaluation", percentile calibration, https://arxiv.org/abs/2004.09602). Accurate to a fraction of a bin; a bin is 1.6 % wide
-    at most with 2048 of them. Where more than `percentile` percent are zero, nothing is clipped.
+    Percentile of |x| for int8, of max(x, 0) for uint8 (Wu et al. 2020, "Integer Quantization for Deep Learning
+    Inference: Principles and Empirical Evaluation", percentile calibration, https://arxiv.org/abs/2004.09602).
+    Accurate to a fraction of a bin; a bin is 1.6 % wide at most with 2048 of them. Where more than `percentile`
+    percent are zero, nothing is clipped.
 
     Args:
         percentile: in (0, 100]; with 100 this is `MinMaxObserver` in calibration.
@@ -46,11 +47,12 @@ class PercentileObserver(HistogramObserver):
 
 
 class MSEObserver(HistogramObserver):
-    """The threshold with the least mean squared error of quantization, ``mean((x - s * clamp(round(x / s), lo, hi))**2)``.
+    """The threshold with the least mean squared error of quantization.
 
-    Rounding and clipping error are integrated exactly over the histogram, with -128 as well as 127 for int8 (as in Sung,
-    Shin and Hwang 2015, "Resiliency of Deep Neural Networks under Quantization", https://arxiv.org/abs/1511.06488, and in Nagel et al.
-    2021, "A White Paper on Neural Network Quantization", section 3.1, https://arxiv.org/abs/2106.08295).
+    That is ``mean((x - s * clamp(round(x / s), lo, hi))**2)``. Rounding and clipping error are integrated exactly
+    over the histogram, with -128 as well as 127 for int8 (as in Sung, Shin and Hwang 2015, "Resiliency of Deep Neural
+    Networks under Quantization", https://arxiv.org/abs/1511.06488, and in Nagel et al. 2021, "A White Paper on Neural
+    Network Quantization", section 3.1, https://arxiv.org/abs/2106.08295).
 
     Args:
         bins: histogram bins of each sign, a power of two from 32 on. With an axis, each channel has so many.
@@ -69,38 +71,37 @@ class MSEObserver(HistogramObserver):
 class KLObserver(HistogramObserver):
     """The threshold whose quantized distribution has the least relative entropy to the observed one.
 
-    After Szymon Migacz 2017, "8-bit Inference with TensorRT" (GTC 2017), with three changes. Each candidate threshold
-    gets `bins` bins of its own over [0, T], read from a histogram with logarithmic bins, where there it was a multiple of one linear
-    bin: an outlier so cannot coarsen what the others are judged by. uint8 has 256 levels, int8 128. Exact zeros have no say.
+    After Szymon Migacz 2017, "8-bit Inference with TensorRT" (GTC 2017), with these changes. The bins are logarithmic,
+    where there they were a fraction of the largest value: an outlier so cannot hide how the others are distributed.
+    A level's values are spread evenly over it, not over its bins that are not empty. uint8 has 256 levels, int8 128.
+    Exact zeros have no say. At most half of the other values are clipped. See `criteria.relative_entropy`.
 
     One scale per tensor only: a channel alone seldom has the many values that a comparison of distributions needs.
 
     Args:
-        bins: equal bins in which two distributions are compared: the number of levels (128 for int8, 256 for uint8) times a power of
-            two.
+        bins: histogram bins of each sign, a power of two from 32 on. From 2048 on they are narrower than int8's steps
+            up to half of the threshold.
         averaging_constant, sync: see `Observer`.
     """
 
     allows_axis = False
 
     def __init__(
-        self, bins: int = 512, *, axis: int | None = None, averaging_constant: float = 0.01, sync: bool = True
+        self, bins: int = 2048, *, axis: int | None = None, averaging_constant: float = 0.01, sync: bool = True
     ) -> None:
-        super().__init__(bins=2048, axis=axis, averaging_constant=averaging_constant, sync=sync)
-        if bins < 256 or bins & (bins - 1):
-            raise QuantizationError(f"KLObserver: bins is {bins}; it must be a power of two, 256 at least")
-        self.compared_bins = bins
+        super().__init__(bins=bins, axis=axis, averaging_constant=averaging_constant, sync=sync)
 
     def _threshold(self, lo: int, hi: int, largest: Tensor) -> Tensor:
-        return criteria.least_entropy(self.histogram(largest), lo, hi, largest, self.compared_bins)
+        return criteria.least_entropy(self.histogram(largest), lo, hi, largest)
 
 
 class MixObserver(HistogramObserver):
-    """Whichever threshold of min_max, percentile (99.99), mse and kl keeps the quantized values most similar to the real ones.
+    """Whichever threshold of min_max, percentile (99.99), mse and kl keeps the quantized values most similar.
 
-    Similar by cosine, ``Σ x·q / sqrt(Σ x² · Σ q²)``, computed on the histogram. By squared error mse would win by definition; the
-    cosine does not count a common factor, which clipping in particular brings about and the layers that follow can make up for.
-    With an axis each channel chooses for itself, and kl is not among the candidates.
+    Similar to the real values by cosine, ``Σ x·q / sqrt(Σ x² · Σ q²)``, computed on the histogram. By squared error
+    mse would win by definition; the cosine does not count a common factor, which clipping in particular brings about
+    and the layers that follow can make up for. With an axis each channel chooses for itself, and kl is not among the
+    candidates.
 
     Args:
         bins: histogram bins of each sign, a power of two from 32 on.
@@ -121,7 +122,7 @@ class MixObserver(HistogramObserver):
             criteria.least_squared_error(histogram, lo, hi, largest),
         ]
         if self.axis is None:
-            candidates.append(criteria.least_entropy(histogram, lo, hi, largest, max(512, 2 * (hi + 1))))
+            candidates.append(criteria.least_entropy(histogram, lo, hi, largest))
         thresholds = torch.stack(candidates, -1)
         best = criteria.cosine(histogram, thresholds, lo, hi).argmax(-1, keepdim=True)
         return thresholds.gather(-1, best).squeeze(-1)

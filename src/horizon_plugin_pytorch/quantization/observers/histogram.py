@@ -1,15 +1,16 @@
-"""Histograms with logarithmic bins, which can be added, averaged and summed over processes, and the observers' base on top.
+"""Histograms with logarithmic bins, which can be added, averaged and summed over processes.
 
-A bin is what the leading bits of a float32 number say: its exponent and the first bits of its mantissa. So every octave has equally
-many bins, a bin's width is a fixed share of its values, and one huge outlier costs no resolution elsewhere (the idea of Gil Tene's
-HdrHistogram). `OCTAVES` octaves are kept below the least power of two above the largest magnitude; smaller magnitudes, and zero, are
-in the first bin. When a larger value comes, the window moves up by whole octaves: bins are renamed, and those that drop out are added
-to the first. Nothing is lost, and nothing is split.
+A bin is what the leading bits of a float32 number say: its exponent and the first bits of its mantissa. So every
+octave has equally many bins, a bin's width is a fixed share of its values, and one huge outlier costs no resolution
+elsewhere (the idea of Gil Tene's HdrHistogram). `OCTAVES` octaves are kept below the least power of two above the
+largest magnitude; smaller magnitudes, and zero, are in the first bin. When a larger value comes, the window moves up
+by whole octaves: bins are renamed, and those that drop out are added to the first. Nothing is lost, and nothing is
+split.
 """
 
 from __future__ import annotations
 
-from math import gcd
+from math import gcd, prod
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,9 @@ from horizon_plugin_pytorch.quantization.observers.base import Observer, in_memo
 
 OCTAVES = 32
 SAMPLE = 2**15
-"""A training step's histogram is made from about so many of the tensor's values, and from `CHANNEL_SAMPLE` at least of a channel."""
+"""A training step's histogram is made from about so many values of the tensor, …"""
 CHANNEL_SAMPLE = 2**8
+"""… and at least so many of each channel, where channels have scales of their own."""
 
 _MANTISSA = 23  # bits of float32
 _FINITE_LIMIT = 2.0**128
@@ -32,8 +34,7 @@ class Histogram(NamedTuple):
     """How many values have which magnitude.
 
     counts: float64 [..., 2, bins]; of positive values and zero, then of negative ones.
-    edges: float64 [..., bins + 1]; bin i is [edges[i], edges[i+1]), and the last one that can be filled ends at the largest
-        magnitude.
+    edges: float64 [..., bins + 1]; bin i is [edges[i], edges[i+1]), and the one with the largest magnitude ends there.
     """
 
     counts: Tensor
@@ -52,8 +53,8 @@ class Histogram(NamedTuple):
 class HistogramObserver(Observer):
     """Base of the observers that choose a threshold by looking at a histogram.
 
-    Calibration counts every value. A training step takes a sample of the values at evenly spread places (one pass over the data for
-    the extremes, as in `MinMaxObserver`, and a small one more) and moves the histogram as a whole:
+    Calibration counts every value. A training step takes a sample of the values at evenly spread places (one pass
+    over the data for the extremes, as in `MinMaxObserver`, and a small one more) and moves the histogram as a whole:
     ``p = p + averaging_constant * (p_batch - p)``.
 
     Args:
@@ -119,7 +120,7 @@ def window_top(largest: Tensor) -> Tensor:
 
 
 def _first_code(top: Tensor, bins: int) -> Tensor:
-    """The leading bits of the first bin's numbers, of a window up to ``2**top``; below zero if the window reaches below float32."""
+    """The leading bits of the first bin's numbers, in a window up to ``2**top``; negative below float32's range."""
     return (top + 126) * (bins // OCTAVES) + bins // OCTAVES - bins
 
 
@@ -146,7 +147,7 @@ def cut(edges: Tensor, largest: Tensor) -> Tensor:
 
 
 def count(x: Tensor, axis: int | None, top: Tensor, bins: int) -> Tensor:
-    """float64 [2, bins] or [channels, 2, bins]: how many elements of `x` are in each bin of the window up to ``2**top``."""
+    """float64 [2, bins] or [channels, 2, bins]: elements of `x` in each bin of the window up to ``2**top``."""
     bits = x.to(torch.float32).view(torch.int32)
     first = _first_code(top, bins)
     channels = 1
@@ -180,12 +181,11 @@ def move_window(counts: Tensor, octaves: Tensor) -> Tensor:
 def sample(x: Tensor, axis: int | None) -> tuple[Tensor, int | None]:
     """About `SAMPLE` of `x`'s values, always at the same places, and the axis along which these have their channels.
 
-    The places are a fixed stride apart (and wrap around) that has no factor in common with their number, so they are spread evenly
-    along every dimension.
+    The places are a fixed stride apart (and wrap around) that has no factor in common with their number, so they are
+    spread evenly along every dimension.
     """
-    channels = 1 if axis is None else x.shape[axis]
-    places = x.numel() // channels if channels else 0
-    wanted = max(SAMPLE // channels, CHANNEL_SAMPLE if axis is not None else 0) if channels else 0
+    channels = 1 if axis is None else max(x.shape[axis], 1)
+    places, wanted = x.numel() // channels, max(SAMPLE // channels, CHANNEL_SAMPLE)
     if places <= wanted:
         return x, axis
     stride = places // wanted
@@ -194,8 +194,6 @@ def sample(x: Tensor, axis: int | None) -> tuple[Tensor, int | None]:
     chosen = torch.arange(wanted, device=x.device) * stride % places
     if axis is None:
         return torch.take(x, chosen), None
-    inner = 1
-    for size in x.shape[axis % x.dim() + 1 :]:
-        inner *= size
+    inner = prod(x.shape[axis % x.dim() + 1 :])
     channel = torch.arange(channels, device=x.device).unsqueeze(1)
     return torch.take(x, chosen // inner * (channels * inner) + channel * inner + chosen % inner), 0
