@@ -254,8 +254,6 @@ def norm_reason(anchor: Anchor, anchor_module: nn.Module, norm: nn.Module) -> st
     mean = norm._buffers.get("running_mean")
     if mean is None:
         return "it has no running statistics (track_running_stats=False), so there is nothing constant to absorb"
-    if torch.nn.parameter.is_lazy(mean):
-        return "it is a lazy module that has not seen data yet"
     if mean.numel() != anchor.out_channels(anchor_module):
         return f"it normalizes {mean.numel()} channels, but its input has {anchor.out_channels(anchor_module)}"
     weight = anchor_module._parameters["weight"]

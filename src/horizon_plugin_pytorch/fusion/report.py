@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from horizon_plugin_pytorch.fusion.patterns import Pattern
 
 Kind = Literal["norm", "add", "activation"]
+Table = tuple[str, list[str], list[list[str]]]
+"""Title, columns and rows."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +95,18 @@ class FusionReport:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
-    def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        """``(title, columns, rows)`` of every non-empty part; what the text and the HTML view show."""
-        parts = [
+    def tables(self) -> list[Table]:
+        """Every non-empty part; what the text and the HTML view show."""
+        parts: list[Table] = [
             (f"Fused: {len(self.groups)} groups", ["pattern", "modules", "stands at", "source"],
-             [[g.pattern.name, ", ".join(g.modules), g.name, g.source or ""] for g in self.groups]),
+             [[g.pattern.name, ", ".join(g.modules), g.name, _short(g.source)] for g in self.groups]),
             (f"Not fused: {len(self.missed)}", ["what", "modules", "reason", "source"],
-             [[m.kind, ", ".join(m.modules), m.reason, m.source or ""] for m in self.missed]),
+             [[m.kind, ", ".join(m.modules), m.reason, _short(m.source)] for m in self.missed]),
             (f"Not traced as a whole: {len(self.untraced)}", ["module", "type", "reason"],
              [[u.module or "(the model)", u.type, u.reason] for u in self.untraced]),
             ("Notes", ["note"], [[n] for n in self.notes]),
         ]  # fmt: skip
-        return [part for part in parts if part[2]]
+        return [_without_empty_column(part) for part in parts if part[2]]
 
     def summary(self) -> str:
         counts = ", ".join(f"{n} {name}" for name, n in self.count().items())
@@ -136,6 +139,20 @@ class FusionReport:
 
     def __str__(self) -> str:
         return self.to_text()
+
+
+def _without_empty_column(part: Table) -> Table:
+    """A table without its last column where no row has anything in it."""
+    title, columns, rows = part
+    return part if any(row[-1] for row in rows) else (title, columns[:-1], [row[:-1] for row in rows])
+
+
+def _short(source: str | None) -> str:
+    """A source line without the part of its path that every reader knows."""
+    if source is None:
+        return ""
+    here = os.getcwd() + os.sep
+    return source.rpartition(f"site-packages{os.sep}")[2] if "site-packages" in source else source.removeprefix(here)
 
 
 _PAGE = """<!doctype html>
