@@ -305,5 +305,7 @@ def run(path: Path, *, repeats: int, console: Console) -> None:
         ("", "found", "scores"),
         [(name, str(len(found)), " ".join(f"{f.score:.4f}" for f in found)) for name, found in faces.items()],
     )
-    side_by_side([draw(photo, faces[name], caption) for name, caption in (("unfused", "float"), ("int8", "int8"))]).save(path)
+    side_by_side(
+        [draw(photo, faces[name], caption) for name, caption in (("unfused", "float"), ("int8", "int8"))]
+    ).save(path)
     say(f"The faces are drawn in {path}")

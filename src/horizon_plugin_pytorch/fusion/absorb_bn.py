@@ -107,7 +107,11 @@ def absorb_into(
         old_bias.copy_(bias)
         return
     beta = norm.get("bias")
-    trains = old_bias.requires_grad if old_bias is not None else bool(beta is not None and beta.requires_grad) or old.requires_grad
+    trains = (
+        old_bias.requires_grad
+        if old_bias is not None
+        else bool(beta is not None and beta.requires_grad) or old.requires_grad
+    )
     module.weight = nn.Parameter(weight.contiguous(memory_format=_memory_format(old)), requires_grad=old.requires_grad)
     module.bias = nn.Parameter(bias, requires_grad=trains)
 

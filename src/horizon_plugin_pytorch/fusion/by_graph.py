@@ -12,7 +12,7 @@ import weakref
 from typing import Any
 
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
 from horizon_plugin_pytorch.errors import FusionError
@@ -20,9 +20,9 @@ from horizon_plugin_pytorch.fusion import patterns as p
 from horizon_plugin_pytorch.fusion import tracing
 from horizon_plugin_pytorch.fusion.matching import Match, Matcher
 from horizon_plugin_pytorch.fusion.patterns import Pattern
-from horizon_plugin_pytorch.fusion.report import FusionReport, Group, Untraced
+from horizon_plugin_pytorch.fusion.report import FusionReport, Group, Miss, Untraced
 from horizon_plugin_pytorch.nn.intrinsic.assemble import Parts, assemble, replace_module
-from horizon_plugin_pytorch.nn.intrinsic.group import Identity, move_hooks
+from horizon_plugin_pytorch.nn.intrinsic.group import FusedGroup, Identity, move_hooks
 from horizon_plugin_pytorch.nn.intrinsic.handoff import Handoff
 from horizon_plugin_pytorch.qat_mode import keeps_bn
 
@@ -44,16 +44,22 @@ class FusedGraphModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedGraphModule:
         result = super().__deepcopy__(memo)
-        _adopt(result, {k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in result.__dict__ or k in _HOOKS})
+        type(result).__name__ = type(self).__name__
+        _adopt(
+            result,
+            {k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in result.__dict__ or k in _HOOKS},
+        )
         return result  # type: ignore[return-value]
 
     def __reduce__(self) -> tuple[Any, ...]:
         _, (body, imports) = super().__reduce__()
-        return _rebuild, (body, imports)
+        return _rebuild, (body, imports, type(self).__name__)
 
 
 _HOOKS = tuple(
-    name for name, value in nn.Module().__dict__.items() if name.endswith(("hooks", "with_kwargs", "always_called")) and isinstance(value, dict)
+    name
+    for name, value in nn.Module().__dict__.items()
+    if name.endswith(("hooks", "with_kwargs", "always_called")) and isinstance(value, dict)
 )
 
 
@@ -62,9 +68,9 @@ def _adopt(module: nn.Module, attributes: dict[str, Any]) -> None:
         module.__dict__[name] = value
 
 
-def _rebuild(body: dict[str, Any], imports: str) -> FusedGraphModule:
+def _rebuild(body: dict[str, Any], imports: str, class_name: str) -> FusedGraphModule:
     plain = reduce_graph_module(dict(body), imports)
-    result = FusedGraphModule(plain, plain.graph)
+    result = FusedGraphModule(plain, plain.graph, class_name)
     skip = {"_graph", "_code", "_modules", "_parameters", "_buffers"}
     _adopt(result, {k: v for k, v in body.items() if k not in skip})
     for table in ("_modules", "_parameters", "_buffers"):
@@ -72,13 +78,19 @@ def _rebuild(body: dict[str, Any], imports: str) -> FusedGraphModule:
     return result
 
 
-def _graph_module(root: nn.Module, graph: fx.Graph) -> FusedGraphModule:
-    """`graph` as the forward of a module that has all of `root`'s modules, tensors, hooks and attributes."""
+def _graph_module(root: nn.Module, graph: fx.Graph, constants: dict[str, Tensor]) -> FusedGraphModule:
+    """`graph` as the forward of a module that has all of `root`'s modules, tensors, hooks and attributes.
+
+    Args:
+        constants: tensors that stood in the forward itself; they move with the module and are no part of its checkpoint.
+    """
     result = FusedGraphModule(nn.Module(), fx.Graph(), class_name=type(root).__name__)
     for table in ("_modules", "_parameters", "_buffers"):
         result.__dict__[table].update(root.__dict__[table])
     _adopt(result, {k: v for k, v in root.__dict__.items() if k not in result.__dict__ or k in _HOOKS})
     result._non_persistent_buffers_set |= root._non_persistent_buffers_set
+    for name, tensor in constants.items():
+        result.register_buffer(name, tensor, persistent=False)
     result.training = root.training
     for hook in result._load_state_dict_pre_hooks.values():
         if getattr(hook, "with_module", False):
@@ -144,7 +156,7 @@ def fuse_fx(
     for path, matcher in sorted(matchers.items(), key=lambda item: -item[0].count(".") - bool(item[0])):
         other_mode = _other_mode(matcher)
         _rewrite(matcher, keep_bn)
-        part = _graph_module(matcher.root, matcher.graph)
+        part = _graph_module(matcher.root, matcher.graph, matcher.constants)
         part.other_mode = other_mode
         if path:
             replace_module(model, path, part)
@@ -177,10 +189,33 @@ def _match(model: nn.Module, example_inputs: Any, keep_bn: bool) -> tuple[dict[s
             report.notes.append(f"{path or report.model} is fused for {mode} mode only: {other_mode}")
         if skipped:
             report.notes.append(f"left out, as the model is in eval mode: {matcher.names(skipped)}")
+    report.missed += _out_of_sight(model, report, whole)
     return matchers, report
 
 
-DROPOUT_FUNCTIONS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
+def _out_of_sight(model: nn.Module, report: FusionReport, whole: dict[str, tuple[nn.Module, str]]) -> list[Miss]:
+    """Batch norms that no traced graph calls, inside modules left whole."""
+    told = {name for entry in (*report.groups, *report.missed) for name in entry.modules}
+    misses = []
+    for name, module in model.named_modules():
+        inside = [path for path in whole if not path or name.startswith(f"{path}.")]
+        if p.is_norm(module) and name not in told and inside and not _in_group(model, name):
+            path = max(inside, key=len)
+            where = f"{path!r} ({type(whole[path][0]).__name__})" if path else "the model"
+            misses.append(Miss("norm", (name,), f"it is inside {where}, which was left whole: {whole[path][1]}"))
+    return misses
+
+
+def _in_group(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), FusedGroup)
+
+
+DROPOUT_FUNCTIONS = {
+    F.dropout: nn.Dropout,
+    F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+}
 
 
 def _other_mode(matcher: Matcher) -> str | None:
@@ -189,8 +224,12 @@ def _other_mode(matcher: Matcher) -> str | None:
         return "it cannot be traced there"
     fused = {n for match in matcher.matches for n in match.nodes}
     fused |= {n for node in list(fused) for n in node.all_input_nodes if n.op == "get_attr"}
-    counters = {n for n in matcher.of_this_mode if any("num_batches_tracked" in str(a.target) for a in (n, *n.all_input_nodes))}
-    left = [n for n in matcher.nodes if n in matcher.of_this_mode - fused - counters and n.target not in DROPOUT_FUNCTIONS]
+    counters = {
+        n for n in matcher.of_this_mode if any("num_batches_tracked" in str(a.target) for a in (n, *n.all_input_nodes))
+    }
+    left = [
+        n for n in matcher.nodes if n in matcher.of_this_mode - fused - counters and n.target not in DROPOUT_FUNCTIONS
+    ]
     return f"it differs at {matcher.names(left)}" if left else None
 
 
@@ -203,7 +242,9 @@ def _dropouts_to_modules(matcher: Matcher) -> None:
         call = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | node.kwargs
         count = sum(name.startswith("_generated_dropout_") for name in matcher.root._modules)
         name = f"_generated_dropout_{count}"
-        matcher.root.add_module(name, kind(call.get("p", 0.5), bool(call.get("inplace", False))).train(matcher.root.training))
+        matcher.root.add_module(
+            name, kind(call.get("p", 0.5), bool(call.get("inplace", False))).train(matcher.root.training)
+        )
         with matcher.graph.inserting_before(node):
             module_call = matcher.graph.call_module(name, (call["input"],))
         node.replace_all_uses_with(module_call)
@@ -265,9 +306,18 @@ def _fuse_one(matcher: Matcher, match: Match, keep_bn: bool) -> None:
         module = matcher.module_of(match.activation)
         inplace = module is None or bool(getattr(module, "inplace", False))
         activation = match.activation_row.make(inplace).train(match.module.training)
-        if module is not None and not isinstance(module, (nn.ReLU, nn.Hardtanh)):  # a registered activation of the user's
+        if module is not None and not isinstance(
+            module, (nn.ReLU, nn.Hardtanh)
+        ):  # a registered activation of the user's
             activation = module if len(matcher.calls[id(module)]) == 1 else copy.deepcopy(module)
-    parts = Parts(match.row, match.module, match.norm and match.norm.module, match.add is not None, match.activation_row, activation)
+    parts = Parts(
+        match.row,
+        match.module,
+        match.norm and match.norm.module,
+        match.add is not None,
+        match.activation_row,
+        activation,
+    )
 
     norm_place = norm_names = anchor_place = None
     if match.norm is not None:
@@ -322,5 +372,3 @@ def _vacate_norm(root: nn.Module, match: Match) -> nn.Module:
     if path:
         replace_module(root, path, place)
     return place
-
-

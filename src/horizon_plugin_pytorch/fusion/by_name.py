@@ -165,7 +165,11 @@ def _misread(model: nn.Module, groups: list[list[str]]) -> str | None:
                     continue
                 for user in node.users:
                     if user.op != "call_module" or user.target != following:
-                        where = "the model's output" if user.op == "output" else repr(str(user.target) if user.op == "call_module" else user.name)
+                        where = (
+                            "the model's output"
+                            if user.op == "output"
+                            else repr(str(user.target) if user.op == "call_module" else user.name)
+                        )
                         source = user.meta.get("source")
                         return (
                             f"the output of {name!r} is read by {where}{f' ({source})' if source else ''}, but {name!r} was fused with "
@@ -216,7 +220,9 @@ def _check(modules: list[nn.Module], keep_bn: bool) -> Parts:
     if rest and (activation := p.activation_of(rest[0])):
         parts.activation_row, parts.activation = activation, p.activation_module(rest.pop(0), activation)
     if rest:
-        raise FusionError(f"cannot fuse {chain(modules)}: {type(rest[0]).__name__} does not fit there; a group is {_EXPECTED}")
+        raise FusionError(
+            f"cannot fuse {chain(modules)}: {type(rest[0]).__name__} does not fit there; a group is {_EXPECTED}"
+        )
     reason = p.anchor_reason(parts.anchor)
     if reason:
         raise FusionError(f"cannot fuse {chain(modules)}: the {type(parts.anchor).__name__}: {reason}")

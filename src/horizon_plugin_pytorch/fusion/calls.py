@@ -42,7 +42,9 @@ def parts_of(module: nn.Module, inner: frozenset[Use] = frozenset()) -> Iterator
         if any(path[: len(o)] == o for o in opaque):
             continue
         child = module.get_submodule(".".join(path))
-        inside = frozenset(Use(p[len(path) :], called) for p, called in uses if p[: len(path)] == path and len(p) > len(path))
+        inside = frozenset(
+            Use(p[len(path) :], called) for p, called in uses if p[: len(path)] == path and len(p) > len(path)
+        )
         if inside or type(child).forward is nn.Module.forward:
             for name, part in parts_of(child, inside):
                 yield ".".join((*path, name)), part
@@ -81,7 +83,9 @@ def _concrete(module: nn.Module, uses: frozenset[Use]) -> set[tuple[Path, bool]]
                     todo.append((path, value.__dict__[rest[0]], rest[1:]))
             else:
                 held = {id(m) for m in _modules_in(value)}
-                found |= {(tuple(name.split(".")), False) for name, m in module.named_modules() if id(m) in held and name}
+                found |= {
+                    (tuple(name.split(".")), False) for name, m in module.named_modules() if id(m) in held and name
+                }
     return found
 
 
@@ -112,13 +116,17 @@ def _uses(cls: type[nn.Module]) -> frozenset[Use]:
             method = base.__dict__.get(name)
             if method is None:
                 continue
-            function = inspect.unwrap(method.fget if isinstance(method, property) else getattr(method, "__func__", method))
+            function = inspect.unwrap(
+                method.fget if isinstance(method, property) else getattr(method, "__func__", method)
+            )
             try:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
             except (OSError, TypeError, SyntaxError):
                 return frozenset({Use((), False)})
             reader = _Reader(cls)
-            definition = next((n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))), None)
+            definition = next(
+                (n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))), None
+            )
             if definition is None:
                 return frozenset({Use((), False)})
             reader.read(definition)
@@ -209,7 +217,9 @@ class _Reader:
                 values: list[ast.AST] = [node.value]
                 if isinstance(target, (ast.Tuple, ast.List)) and isinstance(node.value, (ast.Tuple, ast.List)):
                     values = list(node.value.elts)
-                if isinstance(target, ast.Name) or (isinstance(target, (ast.Tuple, ast.List)) and len(values) == len(target.elts)):
+                if isinstance(target, ast.Name) or (
+                    isinstance(target, (ast.Tuple, ast.List)) and len(values) == len(target.elts)
+                ):
                     for value in values:
                         if self.paths(value):
                             self._understand(value)
@@ -248,7 +258,9 @@ class _Reader:
             self._understand(node)
 
     def _properties(self, node: ast.AST) -> None:
-        self.methods += [p[0] for p in self.paths(node) if len(p) == 1 and isinstance(getattr(self.cls, p[0], None), property)]
+        self.methods += [
+            p[0] for p in self.paths(node) if len(p) == 1 and isinstance(getattr(self.cls, p[0], None), property)
+        ]
 
     def _use(self, node: ast.AST) -> None:
         if isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Assert)):
@@ -276,6 +288,8 @@ class _Reader:
                     self.uses.add(Use((), False))
             if self.paths(node.func):
                 self._understand(node.func)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            self._understand(node)  # self.flag = ...: what is stored is read for itself
         elif isinstance(node, (ast.Attribute, ast.Subscript, ast.Name)) and id(node) not in self.understood:
             if isinstance(node.ctx, ast.Load) and not _is_super(node):
                 paths = self.paths(node)

@@ -21,7 +21,16 @@ from horizon_plugin_pytorch.fusion.patterns import Activation, Anchor
 from horizon_plugin_pytorch.fusion.report import Kind, Miss
 from horizon_plugin_pytorch.fusion.tracing import Traced, is_stub
 
-DROPOUTS = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout", "StochasticDepth", "DropPath")
+DROPOUTS = (
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "AlphaDropout",
+    "FeatureAlphaDropout",
+    "StochasticDepth",
+    "DropPath",
+)
 
 
 _VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, *(getattr(nn, name) for name in DROPOUTS if hasattr(nn, name)))
@@ -74,7 +83,7 @@ class Matcher:
 
     def __init__(self, traced: Traced, prefix: str, keep_bn: bool) -> None:
         self.root, self.graph, self.prefix, self.keep_bn = traced.root, traced.graph, prefix, keep_bn
-        self.of_this_mode = traced.of_this_mode
+        self.of_this_mode, self.constants = traced.of_this_mode, traced.constants
         self.nodes = list(self.graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.modules = dict(self.root.named_modules(remove_duplicate=False))
@@ -141,7 +150,11 @@ class Matcher:
     def functional_of(self, node: fx.Node) -> str | None:
         """The path of the FloatFunctional whose result goes through this node (its ``activation_post_process``)."""
         owner, _, leaf = str(node.target).rpartition(".")
-        if node.op == "call_module" and leaf == "activation_post_process" and p.is_float_functional(self.modules[owner]):
+        if (
+            node.op == "call_module"
+            and leaf == "activation_post_process"
+            and p.is_float_functional(self.modules[owner])
+        ):
             return owner
         return None
 
@@ -162,7 +175,11 @@ class Matcher:
         while True:
             users = list(node.users)
             if len(users) != 1:
-                reason = f"the output of {self.name(node)!r} is used by {len(users)} consumers: {self.names(users)}" if users else None
+                reason = (
+                    f"the output of {self.name(node)!r} is used by {len(users)} consumers: {self.names(users)}"
+                    if users
+                    else None
+                )
                 return None, over, reason
             if not self.passes(users[0]):
                 return users[0], over, None
@@ -386,7 +403,9 @@ class Matcher:
         # An add in place into the other operand: nobody may read that one afterwards.
         if add.inplace and not left_is_ours:
             for earlier in self._sharing(other):
-                if self.order[earlier] < self.order[node] and any(self.order[u] > self.order[node] for u in earlier.users):
+                if self.order[earlier] < self.order[node] and any(
+                    self.order[u] > self.order[node] for u in earlier.users
+                ):
                     return f"it adds in place into {self.name(other)!r}, which is read again later"
         return None
 
@@ -438,13 +457,24 @@ class Matcher:
             self.miss("norm", node, reason, source)
         elif (inside := self._unusual_anchor(source)) is not None:
             path, kind = inside
-            self.misses.append(Miss("norm", (path, self.name(node)), f"{kind} {path!r} has a forward of its own", node.meta.get("source")))
+            self.misses.append(
+                Miss(
+                    "norm",
+                    (path, self.name(node)),
+                    f"{kind} {path!r} has a forward of its own",
+                    node.meta.get("source"),
+                )
+            )
         else:
             self.miss("norm", node, f"its input is {self.name(source)!r}, not a convolution's or linear layer's output")
 
     def _unusual_anchor(self, node: fx.Node) -> tuple[str, str] | None:
         """The path and type of the subclass of an anchor, with a forward of its own, that a node is or is inside of."""
-        paths = [str(node.target)] if node.op == "call_module" else [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        paths = (
+            [str(node.target)]
+            if node.op == "call_module"
+            else [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        )
         for path in reversed(paths):
             module = self.modules.get(path)
             if isinstance(module, p.anchor_types()):

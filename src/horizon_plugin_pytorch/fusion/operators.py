@@ -16,7 +16,6 @@ from horizon_plugin_pytorch.fusion import patterns
 from horizon_plugin_pytorch.fusion.patterns import Activation
 
 
-
 def assign(target: Any, value: Any, operation: str) -> Any:
     """``target += value`` and the like, as a function: `operation` is the operator's name, e.g. ``iadd``.
 
@@ -26,7 +25,9 @@ def assign(target: Any, value: Any, operation: str) -> Any:
     return getattr(operator, operation)(target, value)
 
 
-ASSIGNMENTS = tuple(f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor matmul lshift rshift".split())
+ASSIGNMENTS = tuple(
+    f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor matmul lshift rshift".split()
+)
 
 ADDS: frozenset[Any] = frozenset(
     {operator.add, operator.iadd, torch.add, torch.Tensor.add, torch.Tensor.add_, "add", "add_", "__add__", "__iadd__"}

@@ -88,7 +88,11 @@ class Pattern:
 
     @property
     def name(self) -> str:
-        stages = ("BN" if self.norm else "") + ("Add" if self.add else "") + (self.activation.label if self.activation else "")
+        stages = (
+            ("BN" if self.norm else "")
+            + ("Add" if self.add else "")
+            + (self.activation.label if self.activation else "")
+        )
         return f"{self.anchor.label}{stages}{self.anchor.suffix}"
 
     @property
@@ -131,9 +135,7 @@ DOCUMENTED: tuple[str, ...] = (
 """The 21 patterns of the vendor's list, in its order."""
 
 
-def register_anchor(
-    type: type[nn.Module], label: str, suffix: str = "", *, like: type[nn.Module]
-) -> Anchor:
+def register_anchor(type: type[nn.Module], label: str, suffix: str = "", *, like: type[nn.Module]) -> Anchor:
     """Add a row to the anchor axis: `type` computes what `like` (a stock anchor) computes and holds the same attributes.
 
     Its groups are named by `label` and `suffix` (``<label>BNAddReLU<suffix>``) and appear in `horizon.nn.intrinsic`.
@@ -143,7 +145,9 @@ def register_anchor(
     """
     base = next((row for row in ANCHORS if row.type is like), None)
     if base is None:
-        raise ValueError(f"register_anchor: like={like.__name__} is not an anchor; choose one of {[a.type.__name__ for a in ANCHORS]}")
+        raise ValueError(
+            f"register_anchor: like={like.__name__} is not an anchor; choose one of {[a.type.__name__ for a in ANCHORS]}"
+        )
     row = Anchor(type, label, suffix, base.child, base.norm, base.norm_input_dim, base.transposed)
     _add_row(ANCHORS, row)
     return row
@@ -171,7 +175,9 @@ def _add_row(table: list[Any], row: Any) -> None:
     names = [pattern.name for pattern in grid()]
     if taken := sorted({name for name in names if names.count(name) > 1}):
         table.remove(row)
-        raise ValueError(f"the label {row.label!r} of {row.type.__name__} makes names that are taken: {', '.join(taken)}")
+        raise ValueError(
+            f"the label {row.label!r} of {row.type.__name__} makes names that are taken: {', '.join(taken)}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -183,7 +189,9 @@ def _computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
     if not isinstance(module, base):
         return False
     methods = [name for name in ("forward", "_conv_forward") if hasattr(base, name)]
-    return not any(name in module.__dict__ or getattr(type(module), name) is not getattr(base, name) for name in methods)
+    return not any(
+        name in module.__dict__ or getattr(type(module), name) is not getattr(base, name) for name in methods
+    )
 
 
 def anchor_of(module: nn.Module) -> Anchor | None:
@@ -207,7 +215,9 @@ def is_norm(module: nn.Module) -> bool:
     """A stock batch norm, or a subclass that computes the same."""
     if is_frozen_batch_norm(module):
         return True
-    return any(_computes_as(module, base) for base in (nn.SyncBatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+    return any(
+        _computes_as(module, base) for base in (nn.SyncBatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    )
 
 
 def is_float_functional(module: nn.Module) -> bool:
@@ -237,7 +247,9 @@ def activation_module(module: nn.Module, row: Activation) -> nn.Module:
 def anchor_reason(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None or "parametrizations" in module._modules:
-        return "its weight or bias is computed by a parametrization (weight norm, pruning, …); remove or bake it in first"
+        return (
+            "its weight or bias is computed by a parametrization (weight norm, pruning, …); remove or bake it in first"
+        )
     if torch.nn.parameter.is_lazy(weight):
         return "it is a lazy module that has not seen data yet"
     return None
@@ -302,4 +314,3 @@ def hook_reason(first: nn.Module, middle: list[nn.Module], last: nn.Module) -> s
         if any(getattr(module, table, None) for table in tables):
             return f"a hook on its {type(module).__name__} observes a value inside the group"
     return None
-

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from horizon_plugin_pytorch.fusion.patterns import Pattern
 
 Kind = Literal["norm", "add", "activation"]
-Table = tuple[str, list[str], list[list[str]]]
+Section = tuple[str, list[str], list[list[str]]]
 """Title, columns and rows."""
 
 
@@ -95,9 +95,9 @@ class FusionReport:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[Section]:
         """Every non-empty part; what the text and the HTML view show."""
-        parts: list[Table] = [
+        parts: list[Section] = [
             (f"Fused: {len(self.groups)} groups", ["pattern", "modules", "stands at", "source"],
              [[g.pattern.name, ", ".join(g.modules), g.name, _short(g.source)] for g in self.groups]),
             (f"Not fused: {len(self.missed)}", ["what", "modules", "reason", "source"],
@@ -141,7 +141,7 @@ class FusionReport:
         return self.to_text()
 
 
-def _without_empty_column(part: Table) -> Table:
+def _without_empty_column(part: Section) -> Section:
     """A table without its last column where no row has anything in it."""
     title, columns, rows = part
     return part if any(row[-1] for row in rows) else (title, columns[:-1], [row[:-1] for row in rows])

@@ -44,6 +44,8 @@ class Traced:
     graph: fx.Graph
     left_whole: dict[str, str] = field(default_factory=dict)
     of_this_mode: set[fx.Node] | None = field(default_factory=set)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors that stand in the forward itself, by the names the graph reads."""
 
 
 class FusionTracer(fx.Tracer):
@@ -66,9 +68,13 @@ class FusionTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, Handoff):
             return False
-        return isinstance(m, FusedGroup) or is_known(m) or super().is_leaf_module(m, module_qualified_name) or is_stub(m)
+        return (
+            isinstance(m, FusedGroup) or is_known(m) or super().is_leaf_module(m, module_qualified_name) or is_stub(m)
+        )
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if any(isinstance(a, AnchorInput) for a in args) or isinstance(m, Handoff):
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
@@ -82,7 +88,10 @@ class FusionTracer(fx.Tracer):
 
         mark, stack, interesting = self.graph._root.prev, dict(self.module_stack), self._interesting
         whole = dict(self.left_whole)
-        check, m.__dict__["_check_input_dim"] = m.__dict__.get("_check_input_dim"), _no_check  # compares a rank with a number
+        check, m.__dict__["_check_input_dim"] = (
+            m.__dict__.get("_check_input_dim"),
+            _no_check,
+        )  # compares a rank with a number
         try:
             result = super().call_module(m, forward, args, kwargs)
         except Exception as error:
@@ -236,13 +245,13 @@ def trace_parts(model: nn.Module, given: frozenset[str]) -> tuple[dict[str, Trac
             continue
         tracer = FusionTracer(names)
         try:
-            with _attributes_kept(module):
+            with _attributes_kept(module) as constants:
                 graph = tracer.trace(module)
         except Exception as error:
             whole[path] = (module, _explain(error))
             todo.extend(_parts(path, module))
             continue
-        traced[path] = Traced(module, graph, tracer.left_whole, _of_this_mode(module, graph, names))
+        traced[path] = Traced(module, graph, tracer.left_whole, _of_this_mode(module, graph, names), constants)
         for inner, reason in tracer.left_whole.items():
             child = module.get_submodule(inner)
             if _has_anchor(child):
@@ -275,7 +284,11 @@ def _of_this_mode(module: nn.Module, graph: fx.Graph, given: frozenset[str]) -> 
 
 def _uses_inside(graph: fx.Graph, path: str) -> frozenset[calls.Use]:
     """Uses of what is inside the module at `path` by the graph itself."""
-    inside = [(n, str(n.target)) for n in graph.nodes if n.op in ("call_module", "get_attr") and str(n.target).startswith(f"{path}.")]
+    inside = [
+        (n, str(n.target))
+        for n in graph.nodes
+        if n.op in ("call_module", "get_attr") and str(n.target).startswith(f"{path}.")
+    ]
     uses = set()
     for node, target in inside:
         names = tuple(target[len(path) + 1 :].split("."))
@@ -284,12 +297,17 @@ def _uses_inside(graph: fx.Graph, path: str) -> frozenset[calls.Use]:
 
 
 @contextmanager
-def _attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Undo what a traced forward stores on modules (``self.features = x``): it would be the tracer's values."""
+def _attributes_kept(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Undo what a traced forward stores on modules (``self.features = x``): it would be the tracer's values.
+
+    Yields a dict that has, afterwards, the constant tensors that the tracer stored on `module` for its graph.
+    """
     before = [(m, dict(m.__dict__)) for m in module.modules()]
+    constants: dict[str, torch.Tensor] = {}
     try:
-        yield
+        yield constants
     finally:
+        constants |= {n: t for n, t in module.__dict__.items() if n.startswith("_tensor_constant")}
         for m, attributes in before:
             m.__dict__.clear()
             m.__dict__.update(attributes)
@@ -339,18 +357,21 @@ def record_shapes(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     values = bind(traced.graph, args, kwargs)
     try:
+        root = _without_data(traced, mode)  # outside of the mode: tensors that are plain attributes are copied, too
         with mode, torch.no_grad():
             fakes = tree_map_only(torch.Tensor, mode.from_tensor, values)
-            Recorder(_without_data(traced.root, mode), graph=traced.graph).run(*fakes)
+            Recorder(root, graph=traced.graph).run(*fakes)
     except Exception as error:
         return _explain(error)
     return None
 
 
-def _without_data(root: nn.Module, mode: Any) -> nn.Module:
+def _without_data(traced: Traced, mode: Any) -> nn.Module:
     """A copy to run on fake tensors: the model's own batch norms must not count, nor its hooks see anything."""
+    root = traced.root
     memo = {id(t): mode.from_tensor(t) for t in (*root.parameters(), *root.buffers())}
     result = copy.deepcopy(root, memo)
+    result.__dict__.update(traced.constants)
     for module in result.modules():
         for table in patterns.HOOK_TABLES:
             getattr(module, table).clear()

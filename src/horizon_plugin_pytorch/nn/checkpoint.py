@@ -124,12 +124,16 @@ class NormKeys(GuestKeys):
             return None  # saved after the norm was absorbed
         absent = [self.key(prefix, n) for n in self.required if found[n] is None]
         if absent:
-            errors.append(f"a batch norm of {type(self.anchor).__name__} cannot be absorbed on load without {', '.join(absent)}")
+            errors.append(
+                f"a batch norm of {type(self.anchor).__name__} cannot be absorbed on load without {', '.join(absent)}"
+            )
             return None
         channels = self.row.out_channels(self.anchor)
         for name in self.required:
             if found[name].shape != (channels,):
-                errors.append(f"size mismatch for {self.key(prefix, name)}: {tuple(found[name].shape)}, expected ({channels},)")
+                errors.append(
+                    f"size mismatch for {self.key(prefix, name)}: {tuple(found[name].shape)}, expected ({channels},)"
+                )
                 return None
         self._enter(missing)
         if self._anchor_arrived is None:

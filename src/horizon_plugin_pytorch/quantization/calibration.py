@@ -35,7 +35,7 @@ def batches(model: nn.Module, data: Iterable[Any], device: Any, progress: bool, 
     """``(args, kwargs)`` for every item of `data`, on `device`, with a progress bar.
 
     Raises:
-        QuantizationError: there is no item, or a tensor holds NaN.
+        QuantizationError: there is no item, an item does not fit the model's forward, or a tensor holds NaN.
     """
     from rich.progress import track
 
@@ -45,6 +45,7 @@ def batches(model: nn.Module, data: Iterable[Any], device: Any, progress: bool, 
     count = 0
     for item in track(data, title, total=total, disable=not progress, transient=True):
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), arguments(model, item))
+        _check_fit(model, args, kwargs, f"{title}: item {count} of the data")
         for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and bool(tensor.isnan().any()):
                 raise QuantizationError(f"{title}: item {count} of the data holds NaN")
@@ -52,6 +53,16 @@ def batches(model: nn.Module, data: Iterable[Any], device: Any, progress: bool, 
         count += 1
     if count == 0:
         raise QuantizationError(f"{title}: the data is empty")
+
+
+def _check_fit(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], what: str) -> None:
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise QuantizationError(
+            f"{what} does not fit the model's forward: {error}. An item is a tensor, a tuple of the model's arguments, a dict of "
+            "keyword arguments, or a list, of which labels at the end are left out"
+        ) from None
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -81,24 +92,25 @@ def calibrate(model: nn.Module, data: Iterable[Any], *, device: Any = None, prog
         raise QuantizationError("calibrate: the model has no fake quantization: call prepare_qat or prepare_qat_fx first")
     if device is not None:
         model.to(device)
-    before = [(q, q.state, q.observer, q.scale, q.dtype8) for q in quantizers]
-    training = model.training
-    for quantizer in quantizers:
-        quantizer.observer = quantizer.fresh_observer()
-    model.eval()
-    set_fake_quantize(model, FakeQuantState.CALIBRATION)
-    try:
-        with torch.no_grad():
+    before = [(q, q.observer, q.scale, q.dtype8) for q in quantizers]
+    states = [(m, m.state) for m in model.modules() if isinstance(getattr(m, "state", None), FakeQuantState)]
+    modes = [(m, m.training) for m in model.modules()]
+    # What is kept must be usable in training, also if the caller is in inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            for quantizer in quantizers:
+                quantizer.observer = quantizer.fresh_observer()
+            model.eval()
+            set_fake_quantize(model, FakeQuantState.CALIBRATION)
             for args, kwargs in batches(model, data, device_of(model), progress, "calibrate"):
                 model(*args, **kwargs)
-        set_fake_quantize(model, FakeQuantState.VALIDATION)
-    except BaseException:
-        for quantizer, _, observer, scale, dtype8 in before:
-            quantizer.observer, quantizer.dtype8 = observer, dtype8
-            quantizer.scale = scale
-        for module in model.modules():
-            if hasattr(module, "state") and isinstance(module.state, FakeQuantState):
-                module.state = before[0][1]
-        model.train(training)
-        raise
+            set_fake_quantize(model, FakeQuantState.VALIDATION)
+        except BaseException:
+            for quantizer, observer, scale, dtype8 in before:
+                quantizer.observer, quantizer.scale, quantizer.dtype8 = observer, scale, dtype8
+            for module, state in states:
+                module.state = state  # type: ignore[assignment]
+            for module, mode in modes:
+                module.training = mode
+            raise
     return model

@@ -6,20 +6,22 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from horizon_plugin_pytorch.backends import reference
 from horizon_plugin_pytorch.errors import QuantizationError
 from horizon_plugin_pytorch.fusion.patterns import Pattern, norm_values_reason
 from horizon_plugin_pytorch.nn import quantized
+from horizon_plugin_pytorch.nn.checkpoint import GuestKeys
 from horizon_plugin_pytorch.nn.intrinsic.assemble import replace_module
 from horizon_plugin_pytorch.nn.intrinsic.group import move_hooks
 from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize
 from horizon_plugin_pytorch.nn.qat.group import QATGroup
-from horizon_plugin_pytorch.nn.qat.operation import DeQuantStub, FloatFunctional, Operation, QuantStub
+from horizon_plugin_pytorch.nn.qat.operation import Alone, FloatFunctional, Operation, QuantStub
 from horizon_plugin_pytorch.nn.quantized.group import freeze
 from horizon_plugin_pytorch.nn.quantized.operation import Operation as QuantizedOperation
 from horizon_plugin_pytorch.nn.quantized.operation import QFunctional, Quantize
+from horizon_plugin_pytorch.quantization.report import report_of
 
 ACCUMULATOR = 2**31 - 1
 BIAS = 2**30
@@ -50,29 +52,48 @@ def convert(
         QuantizationError: the model is in training mode, not prepared or not calibrated, a batch norm's statistics are not
             finite, or a reduction could overflow int32; each names the module. The model is unchanged.
     """
-    forms = {name: m for name, m in model.named_modules() if _is_qat(m, mapping)}
-    if not forms:
+    if not any(_is_qat(m, mapping) for m in model.modules()):
         raise QuantizationError("convert: the model has no fake quantization: call prepare_qat or prepare_qat_fx first")
-    if model.training or any(m.training for m in forms.values()):
-        raise QuantizationError("convert: the model is in training mode; call model.eval() first")
-    for name, module in forms.items():
-        _check(name, module)
-    if not inplace:
-        model = copy.deepcopy(model)
-    for name in forms:
-        module = model.get_submodule(name)
-        make = (mapping or {}).get(type(module), to_quantized)
-        form = make(module)
-        if not name:
-            return form
-        replace_module(model, name, form)
-    if remove_qconfig:
-        for module in model.modules():
+    if training := [name for name, m in model.named_modules() if m.training and _is_qat(m, mapping)]:
+        raise QuantizationError(f"convert: {training[0] or 'the model'!r} is in training mode; call model.eval() first")
+    with torch.inference_mode(False), torch.no_grad():
+        if not inplace:
+            model = copy.deepcopy(model)
+        for name, module in model.named_modules():
+            _check(name or type(model).__name__, module)
+        result = _convert_modules(model, mapping or {})
+    for module in result.modules():
+        _drop_guest_keys(module)
+        if remove_qconfig:
             module.__dict__.pop("qconfig", None)
-    from horizon_plugin_pytorch.quantization.report import report_of
+    result.quantization_report = report_of(result)  # type: ignore[assignment]
+    return result
 
-    model.quantization_report = report_of(model)  # type: ignore[assignment]
+
+def _convert_modules(model: nn.Module, mapping: dict[type[nn.Module], Any]) -> nn.Module:
+    """Every QAT module in its converted form, a shared one as one module in all its places."""
+    made: dict[int, nn.Module] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        parent = modules[name.rpartition(".")[0]]
+        if not _is_qat(module, mapping) or (isinstance(parent, Alone) and parent is not module):
+            continue
+        if id(module) not in made:
+            make = mapping.get(type(module), to_quantized)
+            made[id(module)] = make(module)
+        if not name:
+            return made[id(module)]
+        replace_module(model, name, made[id(module)])
     return model
+
+
+def _drop_guest_keys(module: nn.Module) -> None:
+    """A converted model has its own checkpoint keys: places of fused modules no longer save what moved into a group."""
+    for table in ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"):
+        hooks = getattr(module, table)
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(getattr(hook, "hook", hook), "__self__", None), GuestKeys):
+                del hooks[key]
 
 
 def convert_fx(
@@ -90,7 +111,7 @@ def convert_fx(
 
 
 def _is_qat(module: nn.Module, mapping: dict[type[nn.Module], Any] | None) -> bool:
-    return isinstance(module, (QATGroup, Operation, FloatFunctional, QuantStub)) or type(module) in (mapping or {})
+    return isinstance(module, (QATGroup, Operation, FloatFunctional, QuantStub, Alone)) or type(module) in (mapping or {})
 
 
 def _quantizer(module: nn.Module) -> FakeQuantize | None:
@@ -136,24 +157,29 @@ def _frozen(group: QATGroup, name: str) -> Any:
 def to_quantized(module: nn.Module) -> nn.Module:
     """The converted form of one QAT module."""
     form: nn.Module
+    if isinstance(module, Alone):
+        form = Alone().eval()
+        form.hold(to_quantized(module.quant), to_quantized(module.group))
+        return form
     if isinstance(module, QATGroup):
         quant, p = module.output_quant, module.pattern
         cls = quantized.group_class(Pattern(p.anchor, False, p.add, p.activation))
         dtype8 = quant.dtype8 if quant is not None else torch.int8
-        scale = None if quant is None else quant.current_scale().detach().clone()
+        scale = None if quant is None else _scale(quant)
         form = cls(module.geometry, _frozen(module, module.path), scale, dtype8, module.activation)
-        form.path, form.handoff = module.path, module.handoff  # type: ignore[assignment]
-    elif isinstance(module, QuantStub):
-        quant = module.output_quant
-        form = Quantize(quant.current_scale().detach().clone(), quant.dtype8, module.path)
+        form.path, form.handoff = module.path, module.handoff
     elif isinstance(module, Operation):
         quant = module.output_quant
-        form = QuantizedOperation(module.operator, quant.current_scale().detach().clone(), quant.dtype8, module.path)
-    elif isinstance(module, FloatFunctional):
-        quant = module.activation_post_process
-        form = QFunctional(quant.current_scale().detach().clone(), quant.dtype8, module.path)
+        form = QuantizedOperation(module.operator, _scale(quant), quant.dtype8, module.path)
     else:
-        assert isinstance(module, DeQuantStub)
-        return module
+        assert isinstance(module, (QuantStub, FloatFunctional))
+        quant = _quantizer(module)
+        assert quant is not None
+        kind = Quantize if isinstance(module, QuantStub) else QFunctional
+        form = kind(_scale(quant), quant.dtype8, module.path)
     move_hooks(module, form, "_forward_pre_hooks", "_forward_hooks")
     return form
+
+
+def _scale(quant: FakeQuantize) -> Tensor:
+    return quant.current_scale().detach().clone()

@@ -1,226 +1,130 @@
-"""Deciding, on a graph, where integers flow and how each output is quantized; and putting it there."""
+"""A model fused by graph is rewritten: QAT forms, stubs where integers start, dequantization where they end."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Iterator
 
 from torch import fx, nn
 
+from horizon_plugin_pytorch.errors import QuantizationError
+from horizon_plugin_pytorch.fusion import calls, tracing
 from horizon_plugin_pytorch.fusion import patterns as p
 from horizon_plugin_pytorch.fusion.report import FusionReport
-from horizon_plugin_pytorch.fusion.tracing import FusionTracer
 from horizon_plugin_pytorch.nn.intrinsic import FusedGroup
 from horizon_plugin_pytorch.nn.intrinsic.assemble import replace_module
-from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize
 from horizon_plugin_pytorch.nn.qat.operation import DeQuantStub, QuantStub
-from horizon_plugin_pytorch.nn.quantized.functional import FloatOperator
-from horizon_plugin_pytorch.quantization import dataflow
-from horizon_plugin_pytorch.quantization.dataflow import OutputPlan, is_stub
+from horizon_plugin_pytorch.quantization import dataflow, forms, mutation
+from horizon_plugin_pytorch.quantization.dataflow import Modules, is_stub
+from horizon_plugin_pytorch.quantization.flow import Candidate, Flow, OutputPlan, flow_of
 from horizon_plugin_pytorch.quantization.modularize import modularize
-from horizon_plugin_pytorch.quantization.prepare import operator_of, quantizable, to_qat
 from horizon_plugin_pytorch.quantization.qconfig import QConfig, Resolver, default_qat_qconfig
 
 
-@dataclass
-class Flow:
-    """Where integers flow in one graph.
+def prepare_parts(model: nn.Module, resolver: Resolver, report: FusionReport) -> nn.Module:
+    """Prepare a fused model, in place: its traced parts, and the anchors and stubs that untraced code calls."""
+    names = {group.name: group.modules for group in report.groups}
+    for path, part in list(graph_parts(model)):
+        prepare_graph(part, path, resolver, names)
+    for path, module in list(_called_by_untraced(model, report)):
+        qconfig = resolver((path,), forms.types_of(module))
+        if qconfig is None:
+            continue
+        form = (
+            forms.to_qat(module, module.__dict__.get("qconfig") or qconfig, path, OutputPlan())
+            if tracing.is_stub(module)
+            else forms.alone(module, qconfig, path)
+        )
+        if not path:
+            return form
+        replace_module(model, path, form)
+    return model
 
-    Attributes:
-        quantized: nodes that compute on integers or make them.
-        integer: nodes whose value is integers, passing ones included.
-        plans: for each of `quantized`, how its output is quantized.
-    """
 
-    quantized: set[fx.Node] = field(default_factory=set)
-    integer: set[fx.Node] = field(default_factory=set)
-    plans: dict[fx.Node, OutputPlan] = field(default_factory=dict)
+def graph_parts(model: nn.Module, path: str = "") -> Iterator[tuple[str, fx.GraphModule]]:
+    """The traced parts of a fused model, by path: graphs that run, and within them only what they call."""
+    if isinstance(model, fx.GraphModule):
+        yield path, model
+        children = {str(n.target): model.get_submodule(str(n.target)) for n in model.graph.nodes if n.op == "call_module"}
+    else:
+        children = dict(model.named_children())
+    for name, child in children.items():
+        if not isinstance(child, FusedGroup):
+            yield from graph_parts(child, f"{path}.{name}" if path else name)
 
 
-def flow_of(graph: fx.Graph, modules: dict[str, nn.Module], qconfigs: dict[fx.Node, QConfig | None], has_stubs: bool) -> Flow:
-    """Follow integers through a graph.
+def _called_by_untraced(model: nn.Module, report: FusionReport) -> Iterator[tuple[str, nn.Module]]:
+    """Anchors and stubs that no graph calls, but code that could not be traced."""
+    if p.anchor_of(model) is not None:
+        yield "", model
+    for entry in report.untraced:
+        outside = model.get_submodule(entry.module)
+        if isinstance(outside, fx.GraphModule):
+            continue
+        for name, part in calls.parts_of(outside, _uses_of(model, entry.module)):
+            if p.anchor_of(part) is not None or tracing.is_stub(part):
+                yield f"{entry.module}.{name}" if entry.module else name, part
+
+
+def _uses_of(model: nn.Module, path: str) -> frozenset[calls.Use]:
+    """Uses, by the graph around it, of what is inside the module at `path`."""
+    found: frozenset[calls.Use] = frozenset()
+    for place, part in graph_parts(model):
+        if not place or path.startswith(f"{place}."):
+            found |= tracing._uses_inside(part.graph, path.removeprefix(f"{place}."))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def prepare_graph(gm: fx.GraphModule, path: str, resolver: Resolver, parts: dict[str, tuple[str, ...]]) -> None:
+    """Prepare one fused graph, in place.
 
     Args:
-        qconfigs: for every node that has an integer form, its qconfig.
-        has_stubs: the user placed QuantStubs: integers start there and nowhere else. Otherwise they start before every anchor.
+        path: where it stands in the model.
+        parts: for a group's name, the names of its parts in the float model.
     """
-    flow = Flow()
-    anchors = {n for n in qconfigs if n.op == "call_module" and operator_of(modules[str(n.target)]) is None}
-    for node in graph.nodes:
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
-        inputs = [n for n in node.all_input_nodes if not dataflow.is_query(n)]
-        if module is not None and is_stub(module, "QuantStub"):
-            flow.quantized.add(node)
-            flow.integer.add(node)
-        elif module is not None and is_stub(module, "DeQuantStub"):
-            continue
-        elif node in qconfigs:
-            if qconfigs[node] is None:
-                continue
-            arrives = [n in flow.integer for n in inputs]
-            if all(arrives) if has_stubs else (any(arrives) or node in anchors):
-                flow.quantized.add(node)
-                flow.integer.add(node)
-        elif dataflow.passes(node, modules) and inputs and inputs[0] in flow.integer:
-            flow.integer.add(node)
-
-    for node in reversed(list(graph.nodes)):
-        if node not in flow.quantized:
-            continue
-        readers = dataflow.readers(node, modules)
-        module = modules[str(node.target)] if node.op == "call_module" else None
-        stub = module is not None and is_stub(module, "QuantStub")
-        if not stub and not any(reader in flow.quantized for reader, _, _ in readers):
-            if node in anchors:
-                flow.plans[node] = OutputPlan(high_precision=True)
-            else:  # nobody needs its integers: it computes in float
-                flow.quantized.discard(node)
-                flow.plans[node] = OutputPlan(high_precision=True)
-            _forget(flow, node, modules)
-            continue
-        depthwise = bool(readers) and all(
-            kept and reader in flow.quantized and dataflow.is_depthwise_input(reader, read, modules) for reader, read, kept in readers
-        )
-        flow.plans[node] = OutputPlan(per_channel=depthwise and (node in anchors or stub))
-
-    nonnegative: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node in flow.quantized and node in flow.plans and not flow.plans[node].high_precision:
-            if _is_nonnegative(node, modules, nonnegative):
-                nonnegative.add(node)
-                plan = flow.plans[node]
-                flow.plans[node] = OutputPlan(plan.high_precision, plan.per_channel, True)
-        elif node in flow.integer and dataflow.passes(node, modules) and node.args[0] in nonnegative:
-            nonnegative.add(node)
-    return flow
-
-
-def _forget(flow: Flow, node: fx.Node, modules: dict[str, nn.Module]) -> None:
-    """The value of `node` is float after all, and what passes it on."""
-    flow.integer.discard(node)
-    for user in node.users:
-        if user in flow.integer and user not in flow.quantized and user.args and user.args[0] is node:
-            _forget(flow, user, modules)
-
-
-def _is_nonnegative(node: fx.Node, modules: dict[str, nn.Module], known: set[fx.Node]) -> bool:
-    if node.op != "call_module":
-        return False
-    module = modules[str(node.target)]
-    if isinstance(module, FusedGroup):
-        return module.pattern.activation in (p.RELU, p.RELU6)
-    operator = operator_of(module)
-    if operator is None:
-        return False
-    if operator.nonnegative is None:
-        if getattr(operator, "activation", None):
-            return True
-        return all(n in known for n in node.all_input_nodes)
-    return operator.nonnegative
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# A model fused by name: its graph only tells
-
-
-def output_plans(model: nn.Module) -> tuple[dict[str, OutputPlan], str | None]:
-    """For the modules of a model with its own forward, by path; and a note if its graph is not known."""
-    try:
-        graph = FusionTracer().trace(model)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        note = f"the forward of {type(model).__name__} cannot be traced, so outputs before DeQuantStub are quantized, too: {reason}"
-        return {}, note
-    modules = dict(model.named_modules(remove_duplicate=False))
-    qconfigs: dict[fx.Node, QConfig | None] = {}
-    functional: dict[fx.Node, str] = {}
-    for node in graph.nodes:
-        if node.op != "call_module":
-            continue
-        module = modules[str(node.target)]
-        owner, _, leaf = str(node.target).rpartition(".")
-        if leaf == "activation_post_process" and p.is_float_functional(modules[owner]):
-            # The functional's result: it computes what its argument node says.
-            functional[node] = owner
-            source: Any = node.args[0]
-            node.args = (source,)
-            qconfigs[node] = default_qat_qconfig
-        elif quantizable(module):
-            qconfigs[node] = default_qat_qconfig
-    for node in functional:  # the function itself is part of it: let the observer's place read the operands
-        source = node.args[0]
-        operands = [n for n in source.all_input_nodes]
-        if len(source.users) == 1:
-            node.args = tuple(operands)
-            graph.erase_node(source)
-    shown = {**modules, **{str(n.target): FloatOperator(_ANY) for n in functional}}
-    flow = flow_of(graph, shown, qconfigs, has_stubs=True)
-    plans: dict[str, OutputPlan] = {}
-    for node, plan in flow.plans.items():
-        path = functional.get(node, str(node.target))
-        plans[path] = plan if path not in plans else OutputPlan()  # called twice: no assumptions
-    return plans, None
-
-
-class _Any:
-    """Stands for whichever operator a FloatFunctional computes: nothing is known about its sign."""
-
-    nonnegative = None
-    name = "functional"
-
-
-_ANY: Any = _Any()
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# A model fused by graph: it is rewritten
-
-
-def prepare_graph(gm: fx.GraphModule, path: str, resolver: Resolver, report: FusionReport) -> list[str]:
-    """Give a fused graph module its QAT forms, stubs where integers start and dequantization where they end.
-
-    Returns:
-        notes for the quantization report.
-    """
-    modularize(gm)
-    _unshare(gm)
     graph = gm.graph
     modules = dict(gm.named_modules(remove_duplicate=False))
-    parts = {group.name: group.modules for group in report.groups}
-    qconfigs: dict[fx.Node, QConfig | None] = {}
+    held = mutation.settle(graph, modules)
+    floats = modularize(gm, held)
+    _unshare(gm)
+    modules = dict(gm.named_modules(remove_duplicate=False))
+    candidates: dict[fx.Node, Candidate] = {}
     for node in graph.nodes:
-        if node.op == "call_module" and quantizable(modules[str(node.target)]):
-            module = modules[str(node.target)]
-            name = f"{path}.{node.target}" if path else str(node.target)
-            types = (type(module), *(type(m) for m in module.children()))
-            qconfigs[node] = resolver((name, *parts.get(name, ())), types)
-    has_stubs = any(n.op == "call_module" and is_stub(modules[str(n.target)], "QuantStub") for n in graph.nodes)
-    flow = flow_of(graph, modules, qconfigs, has_stubs)
-    default = next((q for q in qconfigs.values() if q is not None and q.activation is not None), default_qat_qconfig)
+        module = dataflow.module_of(node, modules)
+        if module is None or not forms.quantizable(module):
+            continue
+        name = f"{path}.{node.target}" if path else str(node.target)
+        own_names = (name, *parts.get(name, ()), *node.meta.get("names", ()))
+        candidates[node] = Candidate(resolver(own_names, forms.types_of(module)), forms.operator_of(module))
+    stubs = [n for n in graph.nodes if n.op == "call_module" and is_stub(modules[str(n.target)], "QuantStub")]
+    for stub in stubs:
+        if stub in held:
+            raise QuantizationError(f"prepare_qat_fx: the output of {str(stub.target)!r}: {held[stub]}; write it without working in place")
+    flow = flow_of(graph, modules, candidates, floats, held, has_stubs=bool(stubs))
 
-    if not has_stubs:
-        _insert_stubs(gm, flow, modules, default)
+    _insert_stubs(gm, flow, modules, candidates, floats, set(held))
     _insert_dequantization(gm, flow, modules)
-
     for node in list(graph.nodes):
-        if node.op != "call_module":
+        module = dataflow.module_of(node, modules)
+        if module is None or isinstance(module, (QuantStub, DeQuantStub)):
             continue
         target = str(node.target)
-        module = gm.get_submodule(target)
-        full = f"{path}.{target}" if path else target
-        stub = is_stub(module, "QuantStub") or is_stub(module, "DeQuantStub")
-        if isinstance(module, (QuantStub, DeQuantStub)):
+        name = f"{path}.{target}" if path else target
+        if tracing.is_stub(module):
+            qconfig = module.__dict__.get("qconfig") or resolver((name,), (type(module),)) or default_qat_qconfig
+        elif node in flow.quantized:
+            qconfig = candidates[node].qconfig
+        else:
             continue
-        if not stub and node not in flow.quantized:
-            continue
-        qconfig = (qconfigs.get(node) or default) if not stub else (module.__dict__.get("qconfig") or default)
-        form = to_qat(module, qconfig, full, flow.plans.get(node, OutputPlan()))
-        if form is not module:
-            replace_module(gm, target, form)
+        form = forms.to_qat(module, qconfig, name, flow.plans.get(node, OutputPlan()))
+        replace_module(gm, target, form)
+    gm.float_reasons = {node.name: reason for node, reason in flow.reasons.items()}  # type: ignore[assignment]
     graph.lint()
     gm.recompile()
-    return []
 
 
 def _unshare(gm: fx.GraphModule) -> None:
@@ -230,66 +134,99 @@ def _unshare(gm: fx.GraphModule) -> None:
         if node.op != "call_module":
             continue
         module = gm.get_submodule(str(node.target))
-        if not quantizable(module):
+        if not forms.quantizable(module):
             continue
         count = seen.get(id(module), 0)
-        seen[id(module)] = count + 1
         if count:
-            twin = copy.copy(module)
-            for table in ("_modules", "_parameters", "_buffers"):
-                twin.__dict__[table] = dict(module.__dict__[table])
             name = f"{str(node.target).replace('.', '_')}_call_{count}"
-            gm._modules[name] = twin
+            gm.add_module(name, _twin(module))
+            node.meta["names"] = (str(node.target),)
             node.target = name
+        elif p.anchor_of(module) is not None:
+            shared = [n for n in node.graph.nodes if n.op == "call_module" and gm.get_submodule(str(n.target)) is module]
+            if len(shared) > 1:
+                group = forms.as_group(module)
+                for name in {str(n.target) for n in shared}:
+                    replace_module(gm, name, group)
+                module = group
+        seen[id(module)] = count + 1
 
 
-def _insert_stubs(gm: fx.GraphModule, flow: Flow, modules: dict[str, nn.Module], qconfig: QConfig) -> None:
+_CHECKPOINT_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A second module on the same parameters, whose checkpoint keys are those of the first."""
+    twin = copy.copy(module)
+    for table in ("_modules", "_parameters", "_buffers"):
+        twin.__dict__[table] = dict(module.__dict__[table])
+    if isinstance(twin, FusedGroup):
+        twin.keys_elsewhere = tuple(module._modules)
+        for table in _CHECKPOINT_HOOKS:
+            twin.__dict__[table] = OrderedDict()
+    return twin
+
+
+def _insert_stubs(
+    gm: fx.GraphModule,
+    flow: Flow,
+    modules: Modules,
+    candidates: dict[fx.Node, Candidate],
+    floats: set[fx.Node],
+    held: set[fx.Node],
+) -> None:
     """A QuantStub behind every float value that an operator on integers reads."""
     graph = gm.graph
-    stubs: dict[fx.Node, fx.Node] = {}
+    stubs: dict[tuple[fx.Node, ...], fx.Node] = {}
     for node in list(graph.nodes):
-        if node not in flow.quantized:
+        if node not in flow.quantized or node not in candidates:
             continue
-        for source in list(node.all_input_nodes):
-            if source in flow.integer or dataflow.is_query(source):
+        for source in node.all_input_nodes:
+            if source in flow.integer or source not in floats:
                 continue
-            if source not in stubs:
-                name = f"_quant_{len(stubs)}"
-                while hasattr(gm, name):
-                    name += "_"
-                assert qconfig.activation is not None
-                per_channel = all(
-                    u in flow.quantized and dataflow.is_depthwise_input(u, source, modules) for u in source.users if not dataflow.is_query(u)
-                )
-                quant: FakeQuantize = qconfig.activation()
-                quant.open = True
-                if per_channel:
-                    quant.per_channel(1)
-                gm.add_module(name, QuantStub(quant, name).train(gm.training))
-                modules[name] = gm.get_submodule(name)
-                with graph.inserting_after(source):
-                    stubs[source] = graph.call_module(name, (source,))
-                flow.quantized.add(stubs[source])
-                flow.integer.add(stubs[source])
-            node.replace_input_with(source, stubs[source])
+            # What is overwritten later is quantized where it is read.
+            key = (source, node) if source in held else (source,)
+            if key not in stubs:
+                stubs[key] = _new_stub(gm, key, flow, modules, candidates[node].qconfig)
+            node.replace_input_with(source, stubs[key])
 
 
-def _insert_dequantization(gm: fx.GraphModule, flow: Flow, modules: dict[str, nn.Module]) -> None:
+def _new_stub(
+    gm: fx.GraphModule, key: tuple[fx.Node, ...], flow: Flow, modules: Modules, qconfig: QConfig | None
+) -> fx.Node:
+    source, graph = key[0], gm.graph
+    users = [key[1]] if len(key) > 1 else [u for u in source.users if u in flow.quantized]
+    per_channel = all(dataflow.is_depthwise_input(u, source, modules) for u in users)
+    name = f"_quant_{sum(n.startswith('_quant_') for n in gm._modules)}"
+    while hasattr(gm, name):
+        name += "_"
+    assert qconfig is not None
+    gm.add_module(name, forms.quant_stub(qconfig, name, per_channel=per_channel).train(gm.training))
+    modules[name] = gm.get_submodule(name)
+    with graph.inserting_before(key[1]) if len(key) > 1 else graph.inserting_after(source):
+        stub = graph.call_module(name, (source,))
+    flow.quantized.add(stub)
+    flow.integer.add(stub)
+    return stub
+
+
+def _insert_dequantization(gm: fx.GraphModule, flow: Flow, modules: Modules) -> None:
     """A DeQuantStub before every float operator and output that reads integers."""
     graph = gm.graph
     stubs: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
         if node in flow.quantized or node in flow.integer or dataflow.is_query(node):
             continue
-        if module is not None and (is_stub(module, "DeQuantStub") or is_stub(module, "QuantStub")):
+        module = dataflow.module_of(node, modules)
+        if module is not None and tracing.is_stub(module):
             continue
-        for source in list(node.all_input_nodes):
+        for source in node.all_input_nodes:
             if source not in flow.integer:
                 continue
             if source not in stubs:
                 if "_dequant" not in gm._modules:
-                    gm.add_module("_dequant", DeQuantStub())
+                    gm.add_module("_dequant", DeQuantStub().train(gm.training))
+                    modules["_dequant"] = gm._modules["_dequant"]  # type: ignore[assignment]
                 with graph.inserting_after(source):
                     stubs[source] = graph.call_module("_dequant", (source,))
             node.replace_input_with(source, stubs[source])

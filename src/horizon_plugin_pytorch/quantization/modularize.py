@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator as python_operator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch import Tensor, fx, nn
 
 from horizon_plugin_pytorch.fusion import operators as fusion_operators
 from horizon_plugin_pytorch.fusion import patterns as p
+from horizon_plugin_pytorch.nn.intrinsic.assemble import replace_module
 from horizon_plugin_pytorch.nn.quantized import operators as ops
 from horizon_plugin_pytorch.nn.quantized.functional import FloatOperator
 from horizon_plugin_pytorch.nn.quantized.group import CLAMPS
+from horizon_plugin_pytorch.quantization import dataflow
+from horizon_plugin_pytorch.quantization.forms import ELEMENTWISE
 
 MULS: frozenset[Any] = frozenset({python_operator.mul, python_operator.imul, torch.mul, torch.Tensor.mul, "mul", "mul_", "__mul__"})
 CATS: frozenset[Any] = frozenset({torch.cat, torch.concat, torch.concatenate})
@@ -27,15 +31,17 @@ NONNEGATIVE_FUNCTIONS: frozenset[Any] = frozenset(
     | {torch.exp, "exp", torch.square, "square"}
 )
 ELEMENTWISE_FUNCTIONS: frozenset[Any] = NONNEGATIVE_FUNCTIONS | frozenset(
-    {F.silu, F.hardswish, F.leaky_relu, F.gelu, F.elu, F.selu, F.celu, F.tanh, torch.tanh, "tanh", F.mish, F.softsign, F.logsigmoid}
+    {F.silu, F.hardswish, F.leaky_relu, F.gelu, F.elu, F.selu, F.celu, F.tanh, torch.tanh, "tanh", F.mish, F.softsign}
     | {F.hardtanh, torch.clamp, "clamp", "clamp_", torch.clip, "clip", "clip_", torch.clamp_min, "clamp_min", "clamp_min_"}
     | {torch.clamp_max, "clamp_max", "relu_", F.relu_, torch.relu_, "sigmoid_", "tanh_", torch.neg, "neg", python_operator.neg}
-    | {torch.pow, "pow", python_operator.pow, torch.sqrt, "sqrt", torch.sin, "sin", torch.cos, "cos", torch.log, "log"}
+    | {torch.pow, "pow", python_operator.pow, torch.sin, "sin", torch.cos, "cos", F.logsigmoid}
     | {python_operator.sub, torch.sub, "sub", python_operator.truediv, torch.div, "div", "div_", "sub_", "add", "add_", "mul"}
     | {python_operator.add, torch.add, python_operator.mul, torch.mul, python_operator.iadd, python_operator.imul, "mul_"}
-    | {python_operator.itruediv, python_operator.isub}
+    | {python_operator.itruediv, python_operator.isub, fusion_operators.assign}
 )
-"""Functions that are elementwise in one tensor, all other arguments being constants."""
+"""Functions that are elementwise in one tensor, all other arguments being constants; those that are undefined for some numbers
+(log, sqrt) are not among them, for a table has an entry for every integer, whether it occurs or not."""
+POWERS: frozenset[Any] = frozenset({torch.pow, "pow", python_operator.pow})
 
 
 @dataclass
@@ -60,48 +66,57 @@ class Call:
         return self.target if self.method else getattr(self.target, "__name__", str(self.target))
 
 
-def modularize(gm: fx.GraphModule) -> None:
-    """Rewrite `gm` in place: every function with an integer form becomes a `FloatOperator`."""
+def modularize(gm: fx.GraphModule, held: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """Rewrite `gm` in place: every function with an integer form becomes a `FloatOperator`.
+
+    Args:
+        held: nodes that must stay as they are.
+
+    Returns:
+        the nodes of the graph that are float tensors.
+    """
     graph = gm.graph
-    modules = dict(gm.named_modules())
+    modules = dict(gm.named_modules(remove_duplicate=False))
+    floats = dataflow.float_values(graph, modules)
     counts: dict[str, int] = {}
     for node in list(graph.nodes):
+        if node in held or node not in floats:
+            continue
         if node.op == "call_module" and (elementwise := _elementwise_module(modules[str(node.target)])):
-            operator: ops.Operator | None = elementwise
-            inputs = node.args[:1]
-            end, name = node, str(node.target)
+            read: Read | None = (elementwise, node.args[:1], node)  # type: ignore[assignment]
+            name = str(node.target)
         else:
-            read = read_operator(node, modules)
-            if read is None:
-                continue
-            operator, inputs, end, name = *read, ""
-        if not name or (name in modules and isinstance(modules[name], FloatOperator)):
-            kind = operator.name.lower().strip("_")  # type: ignore[union-attr]
+            read, name = read_operator(node, modules), ""
+        if read is None or read[2] in held or not floats.issuperset(read[1]):
+            continue
+        operator, inputs, end = read
+        if not name or isinstance(modules[name], FloatOperator):
+            kind = operator.name.lower().strip("_")
             while True:
                 name = f"_generated_{kind}_{counts.get(kind, 0)}"
                 counts[kind] = counts.get(kind, 0) + 1
                 if not hasattr(gm, name):
                     break
-        assert operator is not None
-        module = FloatOperator(operator).train(gm.training)
-        parent, _, leaf = name.rpartition(".")
-        gm.get_submodule(parent)._modules[leaf] = module
-        modules[name] = module
+        replace_module(gm, name, FloatOperator(operator).train(gm.training))
+        modules[name] = gm.get_submodule(name)
         with graph.inserting_before(end):
             call = graph.call_module(name, tuple(inputs))
-        call.meta = {k: v for k, v in node.meta.items() if k == "source"}
+        call.meta = {k: v for k, v in (*node.meta.items(), *end.meta.items()) if k in ("source", "shape", "dtype")}
+        floats.add(call)
         _replace(graph, node, end, call)
     graph.lint()
-    gm.recompile()
+    return floats
 
 
 def _replace(graph: fx.Graph, start: fx.Node, end: fx.Node, call: fx.Node) -> None:
     """Let `call` stand for the chain of single consumers from `start` to `end`."""
     end.replace_all_uses_with(call)
-    node: fx.Node | None = end
-    while node is not None:
-        before = node.args[0] if node is not start and isinstance(node.args[0], fx.Node) else None
+    node: Any = end
+    while True:
+        before = dataflow.first_argument(node)
         graph.erase_node(node)
+        if node is start:
+            break
         node = before
 
 
@@ -112,39 +127,45 @@ def read_operator(node: fx.Node, modules: dict[str, nn.Module]) -> Read | None:
     """``(operator, its tensors, the last node it covers)`` of a function or method node with an integer form."""
     if node.op not in ("call_function", "call_method"):
         return None
-    if (add := fusion_operators.read_add(node)) and not add.refused:
+    add = fusion_operators.read_add(node)
+    if add and (not add.refused or add.left is add.right and set(node.kwargs) <= {"input", "other"}):
         activation, end = _activation_behind(_observer_behind(node, modules), modules)
         return ops.Add(activation), (add.left, add.right), _observer_behind(end, modules)
     kwargs = dict(node.kwargs)
-    tensors = [a for a in node.args if isinstance(a, fx.Node)]
-    if node.target in MULS and len(node.args) == 2 and len(tensors) == 2 and not kwargs:
-        return ops.Mul(), (tensors[0], tensors[1]), _observer_behind(node, modules)
+    one_input = len(node.all_input_nodes) == 1
+    if _is_product(node):
+        a, b = node.args[:2]
+        return ops.Mul(), (a, b), _observer_behind(node, modules)  # type: ignore[return-value]
     if node.target in CATS:
         call = dict(zip(("tensors", "dim"), node.args, strict=False)) | kwargs
         operands = call["tensors"]
-        if isinstance(operands, (list, tuple)) and all(isinstance(t, fx.Node) for t in operands) and isinstance(call.get("dim", 0), int):
+        nodes = isinstance(operands, (list, tuple)) and all(isinstance(t, fx.Node) for t in operands)
+        if nodes and operands and set(call) <= {"tensors", "dim"} and isinstance(call.get("dim", 0), int):
             return ops.Cat(call.get("dim", 0)), tuple(operands), _observer_behind(node, modules)
         return None
-    if node.target in MEANS:
+    if node.target in MEANS and one_input:
         call = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | kwargs
         dim = call.get("dim")
         dims = (dim,) if isinstance(dim, int) else tuple(dim) if isinstance(dim, (list, tuple)) else None
         if dims and set(call) <= {"input", "dim", "keepdim"} and all(isinstance(d, int) for d in dims):
             return ops.Mean(dims, bool(call.get("keepdim", False))), (call["input"],), node
         return None
-    if node.target in POOLS and len(tensors) == 1:
+    if node.target in POOLS and one_input:
         names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
         call = dict(zip(names, node.args, strict=False)) | kwargs
         x = call.pop("input")
-        stride = call.get("stride")
-        call["stride"] = stride or None
+        call["stride"] = call.get("stride") or None
         return ops.AvgPool(POOLS[node.target], **call), (x,), node
-    if node.target in ADAPTIVE_POOLS and len(tensors) == 1:
+    if node.target in ADAPTIVE_POOLS and one_input:
         call = dict(zip(("input", "output_size"), node.args, strict=False)) | kwargs
-        if isinstance(call["output_size"], fx.Node):
-            return None
         return ops.AdaptiveAvgPool(ADAPTIVE_POOLS[node.target], call["output_size"]), (call["input"],), node
     return _read_elementwise(node, modules)
+
+
+def _is_product(node: fx.Node) -> bool:
+    if len(node.args) < 2 or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args[:2]):
+        return False
+    return node.target in MULS or node.target is fusion_operators.assign and node.args[2] == "imul"
 
 
 def _read_elementwise(node: fx.Node, modules: dict[str, nn.Module]) -> Read | None:
@@ -152,7 +173,12 @@ def _read_elementwise(node: fx.Node, modules: dict[str, nn.Module]) -> Read | No
         return None
     positions = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node)]
     constants = [a for i, a in enumerate(node.args) if i not in positions]
-    if len(positions) != 1 or not all(isinstance(c, (int, float, bool, str, type(None))) for c in (*constants, *node.kwargs.values())):
+    plain = all(isinstance(c, (int, float, bool, str, type(None))) for c in (*constants, *node.kwargs.values()))
+    if len(positions) != 1 or not plain:
+        return None
+    if node.target is fusion_operators.assign and constants[-1] not in ("iadd", "isub", "imul", "itruediv"):
+        return None
+    if node.target in POWERS and not (positions == [0] and isinstance(constants[0], int) and constants[0] > 0):
         return None
     x: Any = node.args[positions[0]]
     call = Call(node.op == "call_method", node.target, tuple(constants), dict(node.kwargs), positions[0])
@@ -176,20 +202,17 @@ def _activation_behind(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[st
     if len(users) != 1:
         return None, node
     user = users[0]
-    row = p.activation_of(modules[str(user.target)]) if user.op == "call_module" else fusion_operators.read_activation(user)
-    if row is None or row not in CLAMPS or not user.args:
-        return None, node
-    return CLAMPS[row], user
+    module = dataflow.module_of(user, modules)
+    row = fusion_operators.read_activation(user) if module is None else p.activation_of(module)
+    if module is not None and p.has_hooks(module):
+        row = None
+    return (None, node) if row is None or row not in CLAMPS else (CLAMPS[row], user)
 
 
 def _elementwise_module(module: nn.Module) -> ops.Elementwise | None:
     """A user's own activation module: no tensors, and nothing in its forward but elementwise functions of its one input."""
-    if type(module).__module__.startswith("torch.nn") or any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+    if type(module).__module__.startswith("torch.nn") or p.has_hooks(module) or module.state_dict():
         return None
-    if any(getattr(module, table, None) for table in p.HOOK_TABLES):
-        return None
-    from horizon_plugin_pytorch.quantization.prepare import ELEMENTWISE
-
     try:
         graph = fx.Tracer().trace(module)
     except Exception:
@@ -201,10 +224,8 @@ def _elementwise_module(module: nn.Module) -> ops.Elementwise | None:
         return None
     for node in body:
         if node.op == "call_module":
-            if not isinstance(children[str(node.target)], ELEMENTWISE):
+            if not dataflow.computes_as(children[str(node.target)], ELEMENTWISE):
                 return None
         elif node.op == "get_attr" or node.target not in ELEMENTWISE_FUNCTIONS | MULS | fusion_operators.ADDS:
             return None
     return ops.Elementwise(module)
-
-

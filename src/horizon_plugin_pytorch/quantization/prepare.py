@@ -7,110 +7,20 @@ functions that have integer rules into modules, and puts stubs where the user's 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from horizon_plugin_pytorch.errors import QuantizationError
 from horizon_plugin_pytorch.fusion import patterns as p
-from horizon_plugin_pytorch.nn.checkpoint import GuestKeys
-from horizon_plugin_pytorch.nn.intrinsic import FusedGroup
+from horizon_plugin_pytorch.fusion.tracing import is_stub
 from horizon_plugin_pytorch.nn.intrinsic.assemble import replace_module
-from horizon_plugin_pytorch.nn.intrinsic.group import move_hooks
-from horizon_plugin_pytorch.nn.qat import qat_group_class
-from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize, WeightFakeQuantize
+from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize
 from horizon_plugin_pytorch.nn.qat.group import QATGroup
-from horizon_plugin_pytorch.nn.qat.operation import DeQuantStub, FloatFunctional, Operation, QuantStub
-from horizon_plugin_pytorch.nn.quantized.functional import FloatOperator
-from horizon_plugin_pytorch.nn.quantized.operators import AdaptiveAvgPool, AvgPool, Elementwise, Operator
-from horizon_plugin_pytorch.quantization.dataflow import OutputPlan, is_stub
+from horizon_plugin_pytorch.quantization import dataflow, forms
+from horizon_plugin_pytorch.quantization.flow import OutputPlan
 from horizon_plugin_pytorch.quantization.qconfig import QConfig, Resolver, check_qconfig, default_qat_qconfig
-
-ELEMENTWISE: tuple[type[nn.Module], ...] = (
-    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.GELU, nn.ELU, nn.SELU, nn.CELU,
-    nn.Tanh, nn.Mish, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold,
-)  # fmt: skip
-NONNEGATIVE: tuple[type[nn.Module], ...] = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus)
-
-
-def operator_of(module: nn.Module) -> Operator | None:
-    """The integer operator of a float module outside a group, if there is one."""
-    if isinstance(module, FloatOperator):
-        return module.operator
-    name = type(module).__name__
-    if type(module) in (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d):
-        override = getattr(module, "divisor_override", None)
-        m: Any = module
-        return AvgPool(int(name[-2]), m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, override)
-    if type(module) in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d):
-        return AdaptiveAvgPool(int(name[-2]), module.output_size)
-    if isinstance(module, ELEMENTWISE) or (isinstance(module, nn.PReLU) and module.weight.numel() == 1):
-        return Elementwise(module, nonnegative=isinstance(module, NONNEGATIVE))
-    return None
-
-
-def quantizable(module: nn.Module) -> bool:
-    """Has a QAT form with an output of its own."""
-    return isinstance(module, FusedGroup) or p.anchor_of(module) is not None or operator_of(module) is not None
-
-
-def _output_quant(qconfig: QConfig, plan: OutputPlan) -> FakeQuantize | None:
-    if qconfig.activation is None or plan.high_precision:
-        return None
-    quant = qconfig.activation()
-    if plan.per_channel:
-        quant.per_channel(1)
-    if plan.nonnegative:
-        quant.nonnegative()
-    return quant
-
-
-def to_qat(module: nn.Module, qconfig: QConfig, path: str, plan: OutputPlan) -> nn.Module:
-    """The QAT form of one float module; groups change in place, so their hooks and checkpoint keys stay."""
-    if isinstance(module, QATGroup):
-        return module
-    row = p.anchor_of(module)
-    if isinstance(module, FusedGroup) or row is not None:
-        if not isinstance(module, FusedGroup):
-            assert row is not None
-            module = _wrap_anchor(row, module)
-        module.__class__ = qat_group_class(module.pattern)
-        assert isinstance(module, QATGroup)
-        module.set_up(qconfig.weight(), _output_quant(qconfig, plan), path)
-        return module
-    training = module.training
-    if is_stub(module, "DeQuantStub"):
-        return DeQuantStub().train(training)
-    if is_stub(module, "QuantStub"):
-        fixed = getattr(module, "scale", None)
-        quant = _output_quant(qconfig, OutputPlan(per_channel=plan.per_channel and fixed is None)) or FakeQuantize(
-            default_qat_qconfig.activation().observer_factory  # type: ignore[misc]
-        )
-        stub = QuantStub(quant, path).train(training)
-        if fixed is not None:
-            quant.set_qparams(fixed)
-        return stub
-    if p.is_float_functional(module):
-        functional_quant = _output_quant(qconfig, plan)
-        return module if functional_quant is None else FloatFunctional(functional_quant, path).train(training)
-    operator = operator_of(module)
-    quant_or_none = _output_quant(qconfig, plan)
-    if operator is None or quant_or_none is None:
-        return module
-    return Operation(operator, quant_or_none, path).train(training)
-
-
-def _wrap_anchor(row: p.Anchor, anchor: nn.Module) -> QATGroup:
-    """A group of only the anchor, which keeps the anchor's checkpoint keys."""
-    group = qat_group_class(p.Pattern(row))(anchor)
-    GuestKeys(anchor).attach(group)
-    group.keys_elsewhere = (row.child,)
-    move_hooks(anchor, group, "_forward_hooks")
-    return group
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def prepare_qat(
@@ -135,10 +45,9 @@ def prepare_qat(
     Raises:
         QuantizationError: no QuantStub in the model, or a qconfig of another package. The model is unchanged.
     """
-    from horizon_plugin_pytorch.quantization.graph import output_plans
+    from horizon_plugin_pytorch.quantization.named import output_plans
 
-    stubs = [n for n, m in model.named_modules() if is_stub(m, "QuantStub")]
-    if not stubs:
+    if not any(dataflow.is_stub(m, "QuantStub") for m in model.modules()):
         raise QuantizationError(
             "prepare_qat: the model has no QuantStub, so nothing in it would be quantized: put a QuantStub where tensors become "
             "quantized and a DeQuantStub where they become float again, or use prepare_qat_fx, which places them itself"
@@ -149,33 +58,47 @@ def prepare_qat(
                 check_qconfig(module.qconfig)
             except QuantizationError as error:
                 raise QuantizationError(f"prepare_qat: {name or 'the model'}: {error}") from None
+    _check_float32("prepare_qat", model)
     if not inplace:
         model = copy.deepcopy(model)
-    plans, note = output_plans(model)
-    work: list[tuple[str, nn.Module, QConfig | None]] = []
-    _inherit(model, "", getattr(model, "qconfig", default_qat_qconfig), work)
-    for path, module, qconfig in work:
+    qconfigs: dict[str, QConfig | None] = {}
+    _inherit(model, "", getattr(model, "qconfig", default_qat_qconfig), qconfigs)
+    plans, note = output_plans(model, qconfigs)
+    made: dict[int, nn.Module] = {}  # a module under several names has one form
+    for path, qconfig in qconfigs.items():
+        module = model.get_submodule(path)
         custom = (mapping or {}).get(type(module))
         if qconfig is None:
             continue
-        form = custom(module, qconfig) if custom is not None else to_qat(module, qconfig, path, plans.get(path, OutputPlan()))
-        if form is not module:
-            replace_module(model, path, form)
+        if id(module) not in made:
+            plan = plans.get(path, OutputPlan())
+            form = custom(module, qconfig) if custom is not None else forms.to_qat(module, qconfig, path, plan)
+            made[id(module)] = made[id(form)] = form
+        replace_module(model, path, made[id(module)])
     model.quantization_notes = [note] if note else []  # type: ignore[assignment]
     return model
 
 
-def _inherit(module: nn.Module, path: str, qconfig: QConfig | None, work: list[tuple[str, nn.Module, QConfig | None]]) -> None:
-    for name, child in module.named_children():
+def _inherit(module: nn.Module, path: str, qconfig: QConfig | None, found: dict[str, QConfig | None]) -> None:
+    """The qconfig of every module with a form of its own."""
+    for name, child in module._modules.items():
+        if child is None or isinstance(child, QATGroup):
+            continue
         child_path = f"{path}.{name}" if path else name
         own = child.__dict__.get("qconfig", qconfig)
-        if isinstance(child, QATGroup):
-            continue
-        known = quantizable(child) or p.is_float_functional(child) or is_stub(child, "QuantStub") or is_stub(child, "DeQuantStub")
-        if known:
-            work.append((child_path, child, own))
+        if forms.quantizable(child) or p.is_float_functional(child) or is_stub(child):
+            found[child_path] = own
         else:
-            _inherit(child, child_path, own, work)
+            _inherit(child, child_path, own, found)
+
+
+def _check_float32(caller: str, model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != parameter.float().dtype:
+            raise QuantizationError(
+                f"{caller}: {name} is {parameter.dtype}; scales are found and trained in float32: call model.float() first "
+                "(and use torch.autocast to train faster)"
+            )
 
 
 def prepare_qat_fx(
@@ -206,28 +129,38 @@ def prepare_qat_fx(
         QuantizationError: see `Resolver`.
     """
     from horizon_plugin_pytorch.fusion.by_graph import fuse_fx
-    from horizon_plugin_pytorch.quantization.graph import prepare_graph
+    from horizon_plugin_pytorch.quantization.graph import prepare_parts
 
     unknown = set(prepare_custom_config_dict or {}) - {"preserved_attributes"}
     if unknown:
         raise QuantizationError(f"prepare_qat_fx: unknown keys in prepare_custom_config_dict: {sorted(unknown)}")
-    config = dict(qconfig_dict or {})
-    for key in ("module_type", "module_name"):
-        skipped = [(x, None) for x in (hybrid_dict or {}).get(key, [])]
-        if skipped:
-            config[key] = [*config.get(key, []), *skipped]
+    config = _with_hybrid(qconfig_dict, hybrid_dict)
     Resolver(config, model)  # names and values are checked before anything is done
+    if any(isinstance(m, (QATGroup, FakeQuantize)) for m in model.modules()):
+        raise QuantizationError("prepare_qat_fx: the model is prepared already")
+    _check_float32("prepare_qat_fx", model)
     fused = fuse_fx(model, example_inputs=example_inputs)
+    report = fused.fusion_report
     resolver = Resolver(config, fused, frozenset(n for n, _ in model.named_modules(remove_duplicate=False)))
-    notes: list[str] = []
-    for path, part in list(graph_parts(fused)):
-        notes += prepare_graph(part, path, resolver, fused.fusion_report)  # type: ignore[arg-type]
-    fused.quantization_notes = notes  # type: ignore[assignment]
-    return fused
+    prepared = prepare_parts(fused, resolver, report)  # type: ignore[arg-type]
+    if not any(isinstance(m, FakeQuantize) for m in prepared.modules()):
+        raise QuantizationError(f"prepare_qat_fx: nothing in {type(model).__name__} is to be quantized: {_why_nothing(model)}")
+    prepared.quantization_notes = []  # type: ignore[assignment]
+    return prepared
 
 
-def graph_parts(model: nn.Module) -> Iterable[tuple[str, fx.GraphModule]]:
-    """The traced parts of a fused model, by path."""
-    for path, module in model.named_modules():
-        if isinstance(module, fx.GraphModule):
-            yield path, module
+def _with_hybrid(qconfig_dict: dict[str, Any] | None, hybrid_dict: dict[str, Any] | None) -> dict[str, Any]:
+    """`qconfig_dict` with qconfig None for what `hybrid_dict` names."""
+    unknown = set(hybrid_dict or {}) - {"module_type", "module_name"}
+    if unknown:
+        raise QuantizationError(f"hybrid_dict: unknown keys {sorted(unknown)}; use 'module_type' and 'module_name'")
+    config = dict(qconfig_dict or {})
+    for key, named in (hybrid_dict or {}).items():
+        config[key] = [*config.get(key, []), *((x, None) for x in named)]
+    return config
+
+
+def _why_nothing(model: nn.Module) -> str:
+    if any(p.anchor_of(m) is not None for m in model.modules()):
+        return "the qconfig of every convolution and linear layer is None, or the code that calls them could not be traced"
+    return "it has no convolution and no linear layer"

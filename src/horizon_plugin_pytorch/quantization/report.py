@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
-from horizon_plugin_pytorch.nn.qat.operation import DeQuantStub
+from horizon_plugin_pytorch.nn.intrinsic import Handoff
+from horizon_plugin_pytorch.nn.qat.operation import Alone, DeQuantStub
 from horizon_plugin_pytorch.nn.quantized.group import QuantizedGroup
 from horizon_plugin_pytorch.nn.quantized.operation import Operation, QFunctional, Quantize
+from horizon_plugin_pytorch.quantization.dataflow import PASSING_MODULES, function_name
+from horizon_plugin_pytorch.quantization.forms import quantizable
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,18 @@ class Row:
 
 @dataclass
 class QuantizationReport:
+    """What a converted model computes, in the order of execution where that is known.
+
+    Attributes:
+        rows: its operators.
+        calls: for each module that makes integers, the functions without an integer form that code between the modules called on
+            its output, with the number of calls so far.
+        notes: what else there is to know.
+    """
+
     model: str
     rows: list[Row] = field(default_factory=list)
+    calls: dict[str, Counter[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -48,13 +63,18 @@ class QuantizationReport:
 
     @property
     def in_float(self) -> list[Row]:
-        return [r for r in self.rows if r.runs_in_float]
+        return [r for r in self.rows if r.runs_in_float] + [
+            Row(path, function, "float32", reason=f"it has no integer form and is called between the modules, {count} times so far")
+            for path, counter in self.calls.items()
+            for function, count in counter.items()
+        ]
 
     def summary(self) -> str:
         return f"{self.model}: {len(self.integer)} operators in integers, {len(self.in_float)} in float"
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
+        rows = [asdict(row) for row in (*self.integer, *self.in_float)]
+        return json.dumps({"model": self.model, "rows": rows, "notes": self.notes}, indent=2)
 
     def to_text(self, width: int = 140) -> str:
         from io import StringIO
@@ -82,67 +102,71 @@ class QuantizationReport:
         return self.to_text()
 
 
+_FORMS = (QuantizedGroup, Operation, QFunctional, Quantize)
+
+
 def report_of(model: nn.Module) -> QuantizationReport:
-    """The report of a converted model; functions that ran in float are counted from its calls so far."""
-    report = QuantizationReport(type(model).__name__, notes=list(getattr(model, "quantization_notes", [])))
-    inside: set[str] = set()
-    for path, module in model.named_modules():
-        if any(path.startswith(f"{p}.") for p in inside):
-            continue
-        if isinstance(module, (QuantizedGroup, Operation, QFunctional, Quantize)):
-            inside.add(path)
-            report.rows.append(_quantized_row(path, module))
-        elif isinstance(module, fx.GraphModule):
-            report.rows += _float_functions(path, module)
-        elif path and not isinstance(module, DeQuantStub) and _computes(module):
-            report.rows.append(Row(path, type(module).__name__, "float32", reason=_why(module)))
+    """The report of a converted model."""
+    fusion = getattr(model, "fusion_report", None)
+    name = type(model).__name__ if fusion is None else fusion.model
+    report = QuantizationReport(name, notes=list(getattr(model, "quantization_notes", [])))
+    for path, row, calls in _rows(model, ""):
+        report.rows.append(row)
+        if calls is not None:
+            report.calls[path] = calls
     return report
+
+
+Found = tuple[str, Row, "Counter[str] | None"]
+
+
+def _rows(module: nn.Module, path: str) -> Iterator[Found]:
+    if isinstance(module, _FORMS):
+        yield path, _quantized_row(path, module), module.float_calls
+    elif isinstance(module, Alone):
+        yield from _rows(module.quant, f"{path}.quant")
+        yield from _rows(module.group, path)
+    elif isinstance(module, fx.GraphModule):
+        yield from _graph_rows(module, path)
+    elif any(True for _ in module.children()):
+        for name, child in module.named_children():
+            yield from _rows(child, f"{path}.{name}" if path else name)
+    elif path and _computes(module):
+        reason = "its qconfig is None" if quantizable(module) else "it has no integer form"
+        yield path, Row(path, type(module).__name__, "float32", reason=reason), None
+
+
+def _graph_rows(gm: fx.GraphModule, path: str) -> Iterator[Found]:
+    reasons: dict[str, str] = gm.__dict__.get("float_reasons", {})
+    called: set[str] = set()
+    for node in gm.graph.nodes:
+        if node.op not in ("call_module", "call_function", "call_method"):
+            continue
+        local = str(node.target) if node.op == "call_module" else node.name
+        name = f"{path}.{local}" if path else local
+        if node.op == "call_module":
+            module = gm.get_submodule(local)
+            if any(isinstance(m, _FORMS) for m in module.modules()):
+                if local not in called:
+                    yield from _rows(module, name)
+                called.add(local)
+                continue
+        if node.name in reasons:
+            form = type(module).__name__ if node.op == "call_module" else function_name(node)
+            yield name, Row(name, form, "float32", reason=reasons[node.name]), None
 
 
 def _quantized_row(path: str, module: Any) -> Row:
     scale = module.scale
     if scale is None:
         return Row(path, module._get_name(), "float32", "high precision")
-    text = f"{scale.item():.6g}" if scale.dim() == 0 else f"{scale.min().item():.4g} … {scale.max().item():.4g} ({scale.numel()})"
+    several = scale.dim() > 0
+    text = f"{scale.min().item():.4g} … {scale.max().item():.4g} ({scale.numel()})" if several else f"{scale.item():.6g}"
     return Row(path, module._get_name(), str(module.dtype8).removeprefix("torch."), text)
 
 
 def _computes(module: nn.Module) -> bool:
     """A leaf that is not just a place or a pass-through."""
-    from horizon_plugin_pytorch.nn.intrinsic import Handoff
-    from horizon_plugin_pytorch.quantization.dataflow import PASSING_MODULES
-
-    if any(True for _ in module.children()) or isinstance(module, (*PASSING_MODULES, Handoff)):
-        return False
-    return type(module).forward is not nn.Module.forward and not isinstance(module, nn.Upsample) or _bilinear(module)
-
-
-def _bilinear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Upsample) and not module.mode.startswith("nearest")
-
-
-def _why(module: nn.Module) -> str:
-    from horizon_plugin_pytorch.quantization.prepare import quantizable
-
-    if quantizable(module):
-        return "its qconfig is None, or only float operators read it"
-    return "it has no integer form"
-
-
-def _float_functions(path: str, gm: fx.GraphModule) -> list[Row]:
-    """Functions of a graph that compute on float values."""
-    from horizon_plugin_pytorch.quantization import dataflow
-
-    modules = dict(gm.named_modules())
-    rows = []
-    for node in gm.graph.nodes:
-        if node.op not in ("call_function", "call_method") or dataflow.is_query(node) or dataflow.passes(node, modules):
-            continue
-        if not any(n.op != "get_attr" and not dataflow.is_query(n) for n in node.all_input_nodes):
-            continue
-        name = f"{path}.{node.name}" if path else node.name
-        target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        if target == "expect_default" or node.target is getattr:
-            continue
-        rows.append(Row(name, target, "float32", reason="the function has no integer form, or only float operators read it"))
-    return rows
+    if isinstance(module, (*PASSING_MODULES, Handoff, DeQuantStub)) or type(module).forward is nn.Module.forward:
+        return isinstance(module, nn.Upsample) and not module.mode.startswith("nearest")
+    return True

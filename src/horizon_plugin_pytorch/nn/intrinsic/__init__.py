@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from horizon_plugin_pytorch.fusion.patterns import Pattern, grid
+from horizon_plugin_pytorch.fusion.patterns import ANCHORS, Pattern, grid
 from horizon_plugin_pytorch.nn.intrinsic.group import FusedGroup, Identity
 from horizon_plugin_pytorch.nn.intrinsic.handoff import Handoff
 
@@ -20,7 +20,7 @@ def group_class(pattern: Pattern) -> type[FusedGroup]:
 
 
 def __getattr__(name: str) -> type[FusedGroup]:
-    for pattern in grid():
+    for pattern in (*grid(), *map(Pattern, ANCHORS)):  # a bare anchor is a group where it is shared by several calls
         if pattern.name == name:
             return group_class(pattern)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

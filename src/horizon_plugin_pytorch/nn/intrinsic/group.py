@@ -120,7 +120,9 @@ class FusedGroup(AddPlace, nn.Module):
             kwargs.update(zip(("output_size",), operands, strict=False))
             return self._finish(self._linear(input, kwargs))
         if len(operands) != 1:
-            raise TypeError(f"{self.pattern.name} takes the anchor's input and the add's other operand; fused by name, call .add()")
+            raise TypeError(
+                f"{self.pattern.name} takes the anchor's input and the add's other operand; fused by name, call .add()"
+            )
         return self._finish(torch.add(self._linear(input, kwargs), operands[0]))
 
     def _linear(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -141,7 +143,14 @@ class FusedGroup(AddPlace, nn.Module):
         return destination
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         for name in self.keys_elsewhere:

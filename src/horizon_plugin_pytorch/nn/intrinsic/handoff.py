@@ -85,7 +85,9 @@ def _names(handoff: Handoff) -> tuple[str, str, str]:
         frame = frame.f_back  # type: ignore[assignment]
     paths = {id(m): name for name, m in root.named_modules()} if root is not None else {}
     anchor = paths.get(id(handoff))
-    group = next((paths[id(m)] for m in (root.modules() if root else ()) if getattr(m, "handoff", None) is handoff.token), None)
+    group = next(
+        (paths[id(m)] for m in (root.modules() if root else ()) if getattr(m, "handoff", None) is handoff.token), None
+    )
     where = paths.get(id(reader)) if reader is not None else None
     user = f" in {where or type(reader).__name__!r}{line}" if reader is not None else ""
     return (f"'{anchor}'" if anchor else "the convolution"), (f"'{group}'" if group else "its group"), user

@@ -1,11 +1,17 @@
 """Straight-through quantization for training.
 
-Forward rounds, backward passes the gradient on where nothing was clipped (Bengio et al. 2013, "Estimating or Propagating Gradients
-Through Stochastic Neurons for Conditional Computation"). The integers stay integers in a floating-point tensor: a consumer
-multiplies by the scale after its convolution, so the gradient of the integers is the value's times the scale.
+Forward rounds; backward passes the gradient on where nothing was clipped (Bengio et al. 2013, "Estimating or Propagating Gradients
+Through Stochastic Neurons for Conditional Computation", https://arxiv.org/abs/1308.3432). The integers stay integers, in a
+floating-point tensor: a consumer multiplies by the scale after its convolution, so the gradient of the integers is the value's
+times the scale.
 
-What backward needs is kept small: one byte per element for activations, nothing per element for weights. A learned scale (Esser
-et al. 2020, "Learned Step Size Quantization", https://arxiv.org/abs/1902.08153) needs the unrounded values as well.
+A learned scale (Esser et al. 2020, "Learned Step Size Quantization", https://arxiv.org/abs/1902.08153) gets all of its gradient
+where the rounding is: with ``z = x / s`` and the value ``v = q * s`` it is the sum of ``dL/dv * (q - z)``, or of ``dL/dv * q`` where
+``q`` was clipped. Consumers take scales as constants. (Left to the chain rule the two terms would come from different places, each
+some hundred times larger than their difference, which a convolution in bfloat16 has no digits for.)
+
+What backward needs is kept small: a byte per element of an activation, and of a weight nothing that is not there anyway. Only the
+learned scale of an activation needs the unrounded values.
 """
 
 from __future__ import annotations
@@ -21,83 +27,124 @@ changes no result otherwise."""
 
 
 class RoundActivation(torch.autograd.Function):
-    """``q = clamp(round(min(max(x, 0), bound) / s), lo, hi)``, the maximum and minimum only where asked for.
+    """``q = clamp(round(min(max(x, 0), bound) / s), lo, hi)``, the maximum and the minimum where asked for.
 
     Args:
-        x: float32; overwritten if `inplace`.
-        s: float32 scale in a shape that broadcasts.
-        low, high: where the gradient stops, in steps: ``0`` or ``lo - 1/2``, and ``hi + 1/2``.
-        bound: ReLU6's bound, or None.
+        x: float32, any shape.
+        s: float32 scale in a shape that broadcasts against `x`; learned if it requires a gradient.
+        lo, hi: the range of the integers; with `relu`, `lo` is 0.
+        relu: there is a ReLU: no gradient passes where ``x <= 0``.
+        bound: where ReLU6 ends, or None.
+        dtype: floating point, the result's.
+        overwrite: compute in `x`'s memory; only with float32, and a scale that is not learned.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, s: Tensor, low: float, lo: int, hi: int, bound: float | None, inplace: bool
+        ctx: Any,
+        x: Tensor,
+        s: Tensor,
+        lo: int,
+        hi: int,
+        relu: bool,
+        bound: float | None,
+        dtype: torch.dtype,
+        overwrite: bool,
     ) -> Tensor:
-        z = x.div_(s) if inplace else x / s
-        if inplace:
+        ctx.learned, ctx.limits = ctx.needs_input_grad[1], (lo, hi, relu, bound)
+        if overwrite:
             ctx.mark_dirty(x)
-        if bound is None:
-            mask = (z > low) & (z < hi + 0.5)
-        else:
-            top = bound / s
-            mask = (z > low) & (z < torch.clamp(top, max=hi + 0.5))
-        ctx.learned = ctx.needs_input_grad[1]
-        ctx.save_for_backward(mask, s, z.clone() if ctx.learned else None)
-        if bound is not None:
-            torch.minimum(z, top, out=z)
-        return z.round_().clamp_(lo, hi)
+            x.div_(s)
+            ctx.save_for_backward(_passes(x, s, *ctx.limits), s)
+            _round(x, s, lo, hi, bound)
+            return x
+        z = x / s
+        ctx.save_for_backward(z if ctx.learned else _passes(z, s, *ctx.limits), s)
+        return _round(z.clone() if ctx.learned else z, s, lo, hi, bound).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        mask, s, z = ctx.saved_tensors
-        kept = grad * mask
+        saved, s = ctx.saved_tensors
+        lo, hi, relu, bound = ctx.limits
+        grad = grad.float() / s
+        mask = _passes(saved, s, *ctx.limits) if ctx.learned else saved
         grad_s = None
         if ctx.learned:
-            grad_s = -(kept * z / s)
-            grad_s = grad_s.sum_to_size(s.shape)
-        return kept / s, grad_s, None, None, None, None, None
+            q = _round(saved.clone(), s, lo, hi, bound)
+            z = saved.clamp(min=0) if relu else saved
+            z = z if bound is None else torch.minimum(z, bound / s)
+            grad_s = (grad * (q - z * ((z > lo - 0.5) & (z < hi + 0.5)))).sum_to_size(s.shape)
+        # Multiplying by bytes is several times faster than by booleans.
+        return grad.mul_(mask.view(torch.uint8)), grad_s, None, None, None, None, None, None
+
+
+def _passes(z: Tensor, s: Tensor, lo: int, hi: int, relu: bool, bound: float | None) -> Tensor:
+    """Where the gradient of ``z = x / s`` passes."""
+    top = hi + 0.5 if bound is None else torch.clamp(bound / s, max=hi + 0.5)
+    return (z > (0 if relu else lo - 0.5)).logical_and_(z < top)
+
+
+def _round(z: Tensor, s: Tensor, lo: int, hi: int, bound: float | None) -> Tensor:
+    """The integers of ``z = x / s``, in its memory."""
+    z.round_()
+    if bound is None:
+        return z.clamp_(lo, hi)
+    top = torch.clamp((bound / s).round_(), max=hi)
+    return z.clamp_(torch.full_like(top, lo), top)
 
 
 class RoundWeight(torch.autograd.Function):
-    """``clamp(round(w / s), -127, 127) * WEIGHT_UNIT``. With ``s = max|w| / 127`` nothing is clipped, so backward needs no mask."""
+    """``clamp(round(w / s), -127, 127) * WEIGHT_UNIT``.
+
+    Args:
+        w: the weight.
+        s: float32 scale in a shape that broadcasts; learned if it requires a gradient.
+        clips: whether any weight may exceed ``127 * s``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, s: Tensor) -> Tensor:
-        z = w / s
-        ctx.learned = ctx.needs_input_grad[1]
-        ctx.save_for_backward(s, z.clone() if ctx.learned else None)
-        return z.round_().clamp_(-127, 127).mul_(WEIGHT_UNIT)
+    def forward(ctx: Any, w: Tensor, s: Tensor, clips: bool) -> Tensor:
+        ctx.save_for_backward(s, w if clips else None)
+        q = (w / s).round_()
+        return (q.clamp_(-127, 127) if clips else q).mul_(WEIGHT_UNIT)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        s, z = ctx.saved_tensors
-        grad = grad * WEIGHT_UNIT
-        if not ctx.learned:
-            return grad / s, None
-        inside = z.abs() <= 127.5
-        return grad * inside / s, -(grad * inside * z / s).sum_to_size(s.shape)
+        s, w = ctx.saved_tensors
+        grad = grad * (WEIGHT_UNIT / s)
+        if w is None:
+            return grad, None, None
+        z = w / s
+        inside = z.abs() < 127.5
+        grad_s = None
+        if ctx.needs_input_grad[1]:
+            grad_s = (grad * (z.round().clamp_(-127, 127) - z * inside)).sum_to_size(s.shape)
+        return grad * inside, grad_s, None
 
 
 class Affine(torch.autograd.Function):
-    """``acc * m + b``, in place on a fresh accumulator; `m` and `b` per channel, in shapes that broadcast."""
+    """``acc * m + b`` in float32, in the memory of `acc` if it is float32.
+
+    Args:
+        acc: a fresh accumulator, floating point.
+        m, b: float32, in shapes that broadcast; `m` is a constant.
+    """
 
     @staticmethod
     def forward(ctx: Any, acc: Tensor, m: Tensor, b: Tensor | None) -> Tensor:
-        ctx.learned = ctx.needs_input_grad[1]
-        ctx.save_for_backward(m, acc if ctx.learned else None)
-        ctx.bias = None if b is None else b.shape
-        if ctx.learned or acc.dtype != torch.float32:
-            y = acc.float() * m
-        else:
+        ctx.save_for_backward(m)
+        ctx.dtype, ctx.bias = acc.dtype, None if b is None else b.shape
+        if acc.dtype == torch.float32:
             ctx.mark_dirty(acc)
-            y = acc.mul_(m)
-        ctx.dtype = acc.dtype
-        return y if b is None else y.add_(b)
+            acc.mul_(m)
+        else:
+            acc = acc * m
+        if b is not None:
+            acc.add_(b)
+        return acc
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        m, acc = ctx.saved_tensors
-        grad_m = (grad * acc).sum_to_size(m.shape) if ctx.learned else None
-        grad_b = grad.sum_to_size(ctx.bias) if ctx.bias is not None and ctx.needs_input_grad[2] else None
-        return (grad * m).to(ctx.dtype), grad_m, grad_b
+        (m,) = ctx.saved_tensors
+        grad_b = grad.sum_to_size(ctx.bias) if ctx.needs_input_grad[2] else None
+        return (grad * m).to(ctx.dtype), None, grad_b

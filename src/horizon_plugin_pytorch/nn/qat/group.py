@@ -15,7 +15,13 @@ from torch import Tensor
 from horizon_plugin_pytorch.fusion.patterns import RELU, RELU6, Pattern
 from horizon_plugin_pytorch.nn.intrinsic.group import FusedGroup
 from horizon_plugin_pytorch.nn.qat.autograd import WEIGHT_UNIT, Affine
-from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize, FakeQuantState, WeightFakeQuantize
+from horizon_plugin_pytorch.nn.qat.fake_quantize import (
+    FakeQuantize,
+    FakeQuantState,
+    WeightFakeQuantize,
+    in_floating_point,
+    in_integers,
+)
 from horizon_plugin_pytorch.nn.quantized.group import CLAMPS, Geometry, freeze, require_quantized, run_group
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor, dequantize
 
@@ -40,6 +46,7 @@ class QATGroup(FusedGroup):
         self.geometry = Geometry.of(self.pattern.anchor, self.anchor)
         self.state, self.path = FakeQuantState.FLOAT, path
         weight_quant.train(self.training)
+        self.finish()
         if output_quant is not None:
             output_quant.path = f"{path}.output_quant"
             output_quant.train(self.training)
@@ -47,6 +54,10 @@ class QATGroup(FusedGroup):
                 output_quant.nonnegative()
             if self.pattern.activation is not None:
                 output_quant.limit = self.pattern.activation.bound
+
+    def finish(self) -> None:
+        """Let the weight's scale start from the weight as it is, when the group is made and when calibration ends."""
+        self.weight_quant.start(self.weight, *self._layout)
 
     def forward(self, x: Tensor, *operands: Any, **kwargs: Any) -> Tensor:
         if not self.state.quantizes:
@@ -59,45 +70,39 @@ class QATGroup(FusedGroup):
         require_quantized(self, x, other)
         if self.training:
             return self._train(x, other, output_size)  # type: ignore[arg-type]
-        return self._integers(x, other, output_size)  # type: ignore[arg-type]
+        return self._integers(*in_integers(self, x, other), output_size)
 
     @property
     def _layout(self) -> tuple[int, int]:
         return self.geometry.weight_axis, self.geometry.groups
 
     def _train(self, x: QTensor, other: QTensor | None, output_size: Any) -> Tensor:
-        weight, geometry = self.weight, self.geometry
-        s_w = self.weight_quant.scales(weight, *self._layout)
-        acc = geometry.differentiable(x.payload, self.weight_quant.integers(weight, s_w, *self._layout), output_size)
+        weight, s_w = self.weight_quant.integers(self.weight, *self._layout)
+        acc = self.geometry.differentiable(in_floating_point(x), weight, output_size)
         s_x = x.scale
         if s_x.dim() > 0:  # one per input channel, depthwise: an input channel's outputs stand together
             s_x = s_x.repeat_interleave(s_w.numel() // s_x.numel())
-        m = s_x * s_w / WEIGHT_UNIT
         shape = [1] * acc.dim()
-        shape[geometry.channel_axis(acc)] = -1
+        shape[self.geometry.channel_axis(acc)] = -1
         bias = None if self.bias is None else self.bias.view(shape)
         with torch.autocast(acc.device.type, enabled=False):
-            y = Affine.apply(acc, m.view(shape), bias)
+            y = Affine.apply(acc, (s_x * s_w / WEIGHT_UNIT).view(shape), bias)
             if self.norm is not None:
                 y = self.norm(y)
             if other is not None:
                 scale = other.scale if other.scale.dim() == 0 else other.scale.view(shape)
-                y = torch.addcmul(y, other.payload.float(), scale)
-            return self._round(y)
-
-    def _round(self, y: Tensor) -> Tensor:
-        row = self.pattern.activation
-        if row not in CLAMPS or self.output_quant is None:
-            assert self.activation is not None or row is None
-            y = y if self.activation is None else self.activation(y)
-            return y if self.output_quant is None else self.output_quant.train_quantize(y)
-        return self.output_quant.train_quantize(y, relu=row is not None, bound=row.bound if row else None, fresh=True)
+                y = torch.addcmul(y, in_floating_point(other).float(), scale)
+        row, quant = self.pattern.activation, self.output_quant
+        if row in CLAMPS and quant is not None:
+            return quant.train_quantize(y, relu=row is not None, bound=row.bound if row else None, fresh=True)
+        y = y if self.activation is None else self.activation(y)
+        return y if quant is None else quant.train_quantize(y)
 
     @torch.no_grad()
     def _integers(self, x: QTensor, other: QTensor | None, output_size: Any) -> Tensor:
-        s_w = self.weight_quant.scales(self.weight, *self._layout).detach()
+        s_w = self.weight_quant.scales(self.weight, *self._layout)
         quant = self.output_quant
-        s_y = None if quant is None else quant.current_scale().detach()
+        s_y = None if quant is None else quant.current_scale()
         frozen = freeze(self.pattern.anchor, self.anchor, self.norm, s_w)
         constants = frozen.derive(self.geometry, x.scale, s_y, None if other is None else other.scale)
         dtype8 = torch.int8 if quant is None else quant.dtype8
@@ -113,4 +118,3 @@ class QATGroup(FusedGroup):
 
     def _get_name(self) -> str:
         return f"QAT{self.pattern.name}"
-

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize, FakeQuantState
+from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize, FakeQuantState, in_integers
 from horizon_plugin_pytorch.nn.quantized import operators
 from horizon_plugin_pytorch.nn.quantized.group import require_quantized
+from horizon_plugin_pytorch.nn.quantized.operation import hold_parameters, run_operator
 from horizon_plugin_pytorch.nn.quantized.operators import Operator
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor, dequantize
 
@@ -25,9 +26,10 @@ def apply_operator(module: Any, operator: Operator, xs: tuple[Any, ...], quant: 
     require_quantized(module, *xs)
     if module.training:
         with torch.autocast(xs[0].device.type, enabled=False):
-            return quant.train_quantize(operator.float(*(x.dequantize() for x in xs)))
-    scale = quant.current_scale().detach()
-    return QTensor.make(operator.integer(xs, scale, quant.dtype8), scale, quant.dtype8, quant.float_calls)
+            y = operator.float(*(x.dequantize() for x in xs))
+        return quant.train_quantize(y)
+    integers = in_integers(module, *xs)
+    return run_operator(operator, integers, quant.current_scale(), quant.dtype8, module.path, quant.float_calls)
 
 
 class Operation(nn.Module):
@@ -40,6 +42,7 @@ class Operation(nn.Module):
         self.operator, self.output_quant = operator, output_quant
         self.state, self.path = FakeQuantState.FLOAT, path
         output_quant.path = f"{path}.output_quant"
+        hold_parameters(self, operator)
 
     def forward(self, *xs: Tensor) -> Tensor:
         return apply_operator(self, self.operator, xs, self.output_quant)
@@ -114,3 +117,16 @@ class DeQuantStub(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return dequantize(x)
+
+
+class Alone(nn.Module):
+    """An anchor with integers inside and float tensors around: it quantizes its input, and its output is float32.
+
+    Stands where code calls the anchor that could not be traced. The same in QAT and after convert.
+    """
+
+    def hold(self, quant: nn.Module, group: nn.Module) -> None:
+        self.quant, self.group = quant, group
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return dequantize(self.group(self.quant(input), *args, **kwargs))

@@ -21,8 +21,8 @@ from horizon_plugin_pytorch.errors import QuantizationError
 from horizon_plugin_pytorch.fusion.absorb_bn import bn_factor_and_shift, norm_tensors
 from horizon_plugin_pytorch.fusion.patterns import RELU, RELU6, Anchor, Pattern
 from horizon_plugin_pytorch.nn.intrinsic.group import AddPlace
-from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
-from horizon_plugin_pytorch.nn.quantized.tensors import KeepsDtype
+from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor, quantize
+from horizon_plugin_pytorch.nn.quantized.tensors import MakesIntegers, Remembered
 
 CLAMPS = {RELU: "relu", RELU6: "relu6", None: None}
 """Activations with a form on integers; any other runs in float32 between the accumulator and the rounding."""
@@ -162,12 +162,11 @@ def run_group(
     scale: Tensor | None,
     dtype8: torch.dtype,
     output_size: Any = None,
+    path: str = "",
 ) -> Tensor:
-    """The group's integers, or its float32 value where `scale` is None (a high-precision output)."""
+    """The group's integers, or its float32 value where `scale` is None (a high-precision output); `path` is for errors."""
     acc = geometry.accumulate(x.payload, constants.weight, constants.bias, output_size)
     clamp = pattern.activation in CLAMPS
-    if other is not None and other.shape != acc.shape:
-        other = other.like(torch.broadcast_to(other.payload, acc.shape))
     y = reference.epilogue(
         acc,
         constants.m,
@@ -182,10 +181,10 @@ def run_group(
         return y
     assert activation is not None
     y = activation(y)
-    return y if scale is None else reference.quantize(y, scale, dtype8, None if scale.dim() == 0 else 1, check=False)
+    return y if scale is None else quantize(y, scale, dtype8, path).payload
 
 
-class QuantizedGroup(KeepsDtype, AddPlace, nn.Module):
+class QuantizedGroup(MakesIntegers, AddPlace, nn.Module):
     """A converted group. Its class is named by the pattern without norm, e.g. ``ConvAddReLU2d``.
 
     Buffers:
@@ -213,6 +212,8 @@ class QuantizedGroup(KeepsDtype, AddPlace, nn.Module):
         self.register_buffer("scale", scale)
         self.activation = activation if self.pattern.activation not in CLAMPS else None
         self.float_calls: Counter[str] = Counter()
+        self.path = ""
+        self._derived: Remembered[DerivedConstants] = Remembered(8)  # a group can be shared by calls with inputs of other scales
         self.eval()
 
     @property
@@ -221,27 +222,8 @@ class QuantizedGroup(KeepsDtype, AddPlace, nn.Module):
 
     def integers(self, s_x: Tensor, s_r: Tensor | None = None) -> DerivedConstants:
         """int8 weight, int32 bias and float32 multipliers for inputs of these scales."""
-        cache: list[tuple[Any, DerivedConstants]] = self.__dict__.setdefault("_derived", [])
-        own = (self.weight, self.weight_scale, self.bias, self.scale)
-        key = tuple((t, t._version) for t in (s_x, s_r, *own) if t is not None)
-        for known, constants in cache:
-            if len(known) == len(key) and all(a is b and v == w for (a, v), (b, w) in zip(known, key, strict=True)):
-                return constants
-        made = GroupConstants(self.weight, self.weight_scale, self.bias).derive(self.geometry, s_x, self.scale, s_r)
-        cache.append((key, made))
-        del cache[:-8]  # a group can be shared by a few calls with inputs of different scales
-        return made
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_derived"}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedGroup:
-        import copy
-
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
-        return new
+        own = GroupConstants(self.weight, self.weight_scale, self.bias)
+        return self._derived.get((s_x, s_r, *own, self.scale), None, lambda: own.derive(self.geometry, s_x, self.scale, s_r))
 
     def forward(self, x: QTensor, *operands: Any, output_size: Any = None) -> Tensor:
         """int8 or uint8 `QTensor` in and out; float32 out where the output is high-precision."""
@@ -250,7 +232,9 @@ class QuantizedGroup(KeepsDtype, AddPlace, nn.Module):
             output_size = operands[0]
         require_quantized(self, x, other)
         constants = self.integers(x.scale, None if other is None else other.scale)
-        y = run_group(self.pattern, self.geometry, constants, x, other, self.activation, self.scale, self.dtype8, output_size)
+        y = run_group(
+            self.pattern, self.geometry, constants, x, other, self.activation, self.scale, self.dtype8, output_size, self.path
+        )  # fmt: skip
         return y if self.scale is None else QTensor.make(y, self.scale, self.dtype8, self.float_calls)
 
     def extra_repr(self) -> str:

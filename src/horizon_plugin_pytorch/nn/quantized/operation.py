@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from horizon_plugin_pytorch.backends import reference
+from horizon_plugin_pytorch.errors import QuantizationError
 from horizon_plugin_pytorch.nn.quantized import operators
 from horizon_plugin_pytorch.nn.quantized.group import require_quantized
 from horizon_plugin_pytorch.nn.quantized.operators import Operator
-from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor, dequantize
-from horizon_plugin_pytorch.nn.quantized.tensors import KeepsDtype
+from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor, dequantize, quantize
+from horizon_plugin_pytorch.nn.quantized.tensors import MakesIntegers
 
 
-class _Quantizing(KeepsDtype):
+def run_operator(
+    operator: Operator, xs: Any, scale: Tensor, dtype8: torch.dtype, path: str, float_calls: Counter[str] | None = None
+) -> QTensor:
+    """An operator on integers; what goes wrong in it names `path`."""
+    try:
+        q = operator.integer(xs, scale, dtype8)
+    except ValueError as error:
+        raise QuantizationError(f"{path!r}: {error}") from None
+    return QTensor.make(q, scale, dtype8, float_calls)
+
+
+def hold_parameters(owner: nn.Module, operator: Operator) -> None:
+    """Give `owner` the parameters of the module that an operator computes with, under their names."""
+    if operator.module is not None:
+        for name, parameter in operator.module.named_parameters(recurse=False):
+            owner.register_parameter(name, parameter)
+
+
+class _Quantizing(MakesIntegers):
     """A module that makes integers of one scale.
 
     Buffers:
         scale: float32, one value or one per channel.
     """
+
+    scale: Tensor
 
     def __init__(self, scale: Tensor, dtype8: torch.dtype, path: str) -> None:
         super().__init__()
@@ -30,12 +51,9 @@ class _Quantizing(KeepsDtype):
         self.float_calls: Counter[str] = Counter()
         self.eval()
 
-    def _make(self, payload: Tensor) -> QTensor:
-        return QTensor.make(payload, self.scale, self.dtype8, self.float_calls)
-
     def _run(self, operator: Operator, *xs: Any) -> QTensor:
         require_quantized(self, *xs)
-        return self._make(operator.integer(xs, self.scale, self.dtype8))
+        return run_operator(operator, xs, self.scale, self.dtype8, self.path, self.float_calls)
 
     def extra_repr(self) -> str:
         return f"output={str(self.dtype8).removeprefix('torch.')}"
@@ -45,9 +63,7 @@ class Quantize(_Quantizing):
     """``clamp(round(x / s), lo, hi)``; a NaN raises. Hands a quantized tensor on."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, QTensor):
-            return x
-        return self._make(reference.quantize(x, self.scale, self.dtype8, None if self.scale.dim() == 0 else 1))
+        return x if isinstance(x, QTensor) else quantize(x, self.scale, self.dtype8, self.path, self.float_calls)
 
 
 class Operation(_Quantizing):
@@ -56,6 +72,7 @@ class Operation(_Quantizing):
     def __init__(self, operator: Operator, scale: Tensor, dtype8: torch.dtype, path: str) -> None:
         super().__init__(scale, dtype8, path)
         self.operator = operator
+        hold_parameters(self, operator)
 
     def forward(self, *xs: Any) -> Tensor:
         return self._run(self.operator, *xs)
@@ -91,8 +108,8 @@ class QFunctional(_Quantizing):
     def matmul(self, x: Tensor, y: Tensor) -> Tensor:
         return self._in_float(torch.matmul, x, y)
 
-    def _in_float(self, function: Any, *xs: Any) -> Tensor:
+    def _in_float(self, function: Callable[..., Tensor], *xs: Any) -> Tensor:
         for x in xs:
             if isinstance(x, QTensor):
                 x.float_calls[function.__name__] += 1
-        return self._make(reference.quantize(function(*map(dequantize, xs)), self.scale, self.dtype8))
+        return quantize(function(*map(dequantize, xs)), self.scale, self.dtype8, self.path, self.float_calls)

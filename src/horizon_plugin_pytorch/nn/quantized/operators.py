@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from horizon_plugin_pytorch.backends import reference
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
+from horizon_plugin_pytorch.nn.quantized.tensors import Remembered
 
 
 class Operator:
@@ -28,6 +29,11 @@ class Operator:
 
     def integer(self, xs: Sequence[QTensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
         raise NotImplementedError
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that computes it in float, if it is one: its parameters are the operator's."""
+        return None
 
     @property
     def name(self) -> str:
@@ -82,7 +88,7 @@ class Elementwise(Operator):
 
     function: Callable[[Tensor], Tensor]
     nonnegative: bool | None = False
-    _table: tuple[tuple[Any, ...], Tensor] | None = field(default=None, repr=False, compare=False)
+    _tables: Remembered[Tensor] = field(default_factory=lambda: Remembered(4), repr=False, compare=False)
 
     def float(self, *xs: Tensor) -> Tensor:
         return self.function(xs[0])
@@ -90,17 +96,29 @@ class Elementwise(Operator):
     def integer(self, xs: Sequence[QTensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
         x = xs[0]
         payload = x.payload
-        key = (x.scale, x.scale._version, scale, scale._version, payload.dtype, dtype)
-        if self._table is None or any(a is not b and (isinstance(a, Tensor) or a != b) for a, b in zip(key, self._table[0], strict=True)):
-            self._table = key, reference.lookup_table(self.function, x.scale, payload.dtype, scale, dtype)
-        return reference.lookup(payload, self._table[1])
+        parameters = [] if self.module is None else list(self.module.parameters())
+        table = self._tables.get(
+            (x.scale, scale, *parameters),
+            (payload.dtype, dtype),
+            lambda: reference.lookup_table(self._on_cpu(), x.scale, payload.dtype, scale, dtype),
+        )
+        return reference.lookup(payload, table)
+
+    def _on_cpu(self) -> Callable[[Tensor], Tensor]:
+        """The function for a tensor on the CPU, wherever the model is: tables are made there."""
+        module = self.module
+        if module is None:
+            return self.function
+        parameters = {name: p.detach().to("cpu", torch.float32) for name, p in module.named_parameters()}
+        return lambda x: torch.func.functional_call(module, parameters, (x,))
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self.function if isinstance(self.function, nn.Module) else None
 
     @property
     def name(self) -> str:
         return getattr(self.function, "__name__", type(self.function).__name__)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_table": None}
 
 
 @dataclass

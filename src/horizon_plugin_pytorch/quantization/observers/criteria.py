@@ -136,8 +136,8 @@ def relative_entropy(counts: Tensor, edges: Tensor, ends: Tensor, levels: int) -
     place = torch.searchsorted(edges, boundaries, right=True).sub_(1).clamp_(0, len(counts) - 1)
     share = torch.where(counts[place] > 0, (boundaries - edges[place]) / edges.diff()[place], 0.0).clamp_(0, 1)
     of_level = below[place] + share * counts[place]
-    level = (edges / step).floor().clamp_(max=levels - 1)
-    first, last = of_level.gather(-1, level.long()), of_level.gather(-1, level.long() + 1)
+    level = (edges / step).long().clamp_(0, levels - 1)
+    first, last = of_level.gather(-1, level), of_level.gather(-1, level + 1)
     q = (first + (edges / step - level) * (last - first)).diff(dim=-1) / inside
 
     bins = torch.arange(len(counts), device=counts.device)
@@ -166,7 +166,8 @@ def least_entropy(histogram: Histogram, lo: int, hi: int, largest: Tensor) -> Te
     stride = max(1, len(counts) // (OCTAVES * _PER_OCTAVE))
     end = torch.searchsorted(edges, largest.reshape(1))
     ends = (end - stride * torch.arange(24 * _PER_OCTAVE, device=edges.device)).clamp(1, len(counts))
-    return torch.minimum(edges[ends[relative_entropy(counts, edges, ends, hi + 1).argmin()]], largest)
+    best = relative_entropy(counts, edges, ends, hi + 1).argmin(-1, keepdim=True)
+    return torch.minimum(edges[ends[best]].squeeze(0), largest)
 
 
 def _search(loss: Callable[[Tensor], Tensor], largest: Tensor) -> Tensor:
