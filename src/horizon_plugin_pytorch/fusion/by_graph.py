@@ -40,7 +40,7 @@ class FusedGraphModule(fx.GraphModule):
                 f"{self._get_name()} was fused in {now} mode and its forward is another one in {wanted} mode ({self.other_mode}). "
                 f"Call model.{'train' if mode else 'eval'}() before fusing, or move what depends on self.training into a module."
             )
-        return super().train(mode)  # type: ignore[return-value]
+        return super().train(mode)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedGraphModule:
         result = super().__deepcopy__(memo)
@@ -70,7 +70,8 @@ def _adopt(module: nn.Module, attributes: dict[str, Any]) -> None:
 
 def _rebuild(body: dict[str, Any], imports: str, class_name: str) -> FusedGraphModule:
     plain = reduce_graph_module(dict(body), imports)
-    result = FusedGraphModule(plain, plain.graph, class_name)
+    graph: Any = plain.graph
+    result = FusedGraphModule(plain, graph, class_name)
     skip = {"_graph", "_code", "_modules", "_parameters", "_buffers"}
     _adopt(result, {k: v for k, v in body.items() if k not in skip})
     for table in ("_modules", "_parameters", "_buffers"):
@@ -92,6 +93,7 @@ def _graph_module(root: nn.Module, graph: fx.Graph, constants: dict[str, Tensor]
     for name, tensor in constants.items():
         result.register_buffer(name, tensor, persistent=False)
     result.training = root.training
+    hook: Any
     for hook in result._load_state_dict_pre_hooks.values():
         if getattr(hook, "with_module", False):
             hook.module = weakref.ref(result)  # it is called with the module it was registered on
@@ -195,7 +197,8 @@ def _match(model: nn.Module, example_inputs: Any, keep_bn: bool) -> tuple[dict[s
 
 def _out_of_sight(model: nn.Module, report: FusionReport, whole: dict[str, tuple[nn.Module, str]]) -> list[Miss]:
     """Batch norms that no traced graph calls, inside modules left whole."""
-    told = {name for entry in (*report.groups, *report.missed) for name in entry.modules}
+    told = {name for group in report.groups for name in group.modules}
+    told |= {name for miss in report.missed for name in miss.modules}
     misses = []
     for name, module in model.named_modules():
         inside = [path for path in whole if not path or name.startswith(f"{path}.")]
@@ -313,7 +316,7 @@ def _fuse_one(matcher: Matcher, match: Match, keep_bn: bool) -> None:
     parts = Parts(
         match.row,
         match.module,
-        match.norm and match.norm.module,
+        match.norm.module if match.norm else None,
         match.add is not None,
         match.activation_row,
         activation,
@@ -327,8 +330,9 @@ def _fuse_one(matcher: Matcher, match: Match, keep_bn: bool) -> None:
         replace_module(root, str(match.anchor.target), anchor_place)
     group = assemble(parts, keep_bn=keep_bn, anchor_place=anchor_place, norm_place=norm_place, norm_names=norm_names)
     if anchor_place is not None:
+        assert isinstance(group, FusedGroup)
         group.handoff = anchor_place.token
-    last = matcher.module_of(match.activation or match.norm.node if match.norm else match.activation or match.anchor)  # type: ignore[union-attr]
+    last = matcher.module_of(match.activation or (match.norm.node if match.norm else match.anchor))
     if last is not None and last is not group and last._forward_hooks:
         move_hooks(last, group, "_forward_hooks")
     root.get_submodule(match.target.rpartition(".")[0])._modules[match.target.rpartition(".")[2]] = group
@@ -356,15 +360,14 @@ def _vacate_norm(root: nn.Module, match: Match) -> nn.Module:
         for attr in names.values():
             owner._parameters.pop(attr, None)
             owner._buffers.pop(attr, None)
-        if not isinstance(owner, nn.modules.batchnorm._BatchNorm):
+        if "num_batches_tracked" not in names:
             return owner
-        owner._buffers.pop("num_batches_tracked", None)
         graph = match.norm.node.graph
         for node in graph.find_nodes(op="get_attr", target=f"{path}.num_batches_tracked"):
             for user in list(node.users):
                 graph.erase_node(user)  # the count that a batch norm in training keeps
             graph.erase_node(node)
-        if owner._parameters or owner._buffers:
+        if list(owner.state_dict(keep_vars=True)):
             return owner
     place = Identity().train(owner.training)
     for name, child in owner.named_children():

@@ -59,7 +59,7 @@ def _own_uses(module: nn.Module) -> frozenset[Use]:
         return frozenset({Use((ANY,), True)})
     if type(module).forward is nn.Module.forward:
         return frozenset()
-    return _uses(type(module))
+    return _uses(type(module))  # type: ignore[arg-type]
 
 
 def _concrete(module: nn.Module, uses: frozenset[Use]) -> set[tuple[Path, bool]]:
@@ -113,12 +113,11 @@ def _uses(cls: type[nn.Module]) -> frozenset[Use]:
         for base in cls.__mro__:  # with those a method overrides: it may call them
             if base is nn.Module:
                 break
-            method = base.__dict__.get(name)
+            method: Any = base.__dict__.get(name)
             if method is None:
                 continue
-            function = inspect.unwrap(
-                method.fget if isinstance(method, property) else getattr(method, "__func__", method)
-            )
+            getter: Any = method.fget if isinstance(method, property) else getattr(method, "__func__", method)
+            function = inspect.unwrap(getter)
             try:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
             except (OSError, TypeError, SyntaxError):

@@ -327,9 +327,11 @@ class Matcher:
             if self.keep_bn or not isinstance(call["training"], bool):
                 return None, "it normalizes with its running statistics, also in training mode"
         values = {n: getattr(owner, attr) for n, (_, _, attr) in places.items()}
-        own = isinstance(owner, nn.modules.batchnorm._BatchNorm)
+        path = places["running_mean"][0]
+        stack: Any = node.meta.get("nn_module_stack")
+        own = isinstance(owner, nn.modules.batchnorm._BatchNorm) and bool(stack) and stack[next(reversed(stack))][0] == path
         momentum = owner.momentum if own else call["momentum"]  # in eval mode a module may pass something else
-        norm = row.norm(values["running_mean"].numel(), eps=call["eps"], momentum=momentum, affine=False)
+        norm: Any = row.norm(values["running_mean"].numel(), eps=call["eps"], momentum=momentum, affine=False)
         for n, value in values.items():
             if isinstance(value, nn.Parameter):
                 norm.register_parameter(n, value)
@@ -341,7 +343,9 @@ class Matcher:
         norm.register_buffer("num_batches_tracked", owner.num_batches_tracked if own else None)
         norm.train(owner.training)
         names = {n: attr for n, (_, _, attr) in places.items()}
-        return Norm(node, norm, places["running_mean"][0], names), None
+        if own:
+            names["num_batches_tracked"] = "num_batches_tracked"
+        return Norm(node, norm, path, names), None
 
     # -- reasons ------------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,9 @@ import torch
 from torch import nn
 
 
+Module = type[nn.Module]
+
+
 @dataclass(frozen=True)
 class Anchor:
     """One row of the anchor axis: a linear operator whose result a group keeps wide.
@@ -31,11 +34,11 @@ class Anchor:
         transposed: output channels are dim 1 of the weight, per group.
     """
 
-    type: type[nn.Module]
+    type: Module
     label: str
     suffix: str
     child: str
-    norm: type[nn.Module]
+    norm: Module
     norm_input_dim: int | None = None
     transposed: bool = False
 

@@ -380,7 +380,8 @@ def _without_data(traced: Traced, mode: Any) -> nn.Module:
 
 def bind(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Arguments in the order of the graph's placeholders, defaults where not given."""
-    values, rest = [], list(args)
+    values: list[Any] = []
+    rest = list(args)
     for node in graph.nodes:
         if node.op != "placeholder":
             continue

@@ -104,7 +104,7 @@ class NormKeys(GuestKeys):
 
     def _fits(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether loading as usual will take these; otherwise it says what is wrong with them, and nothing is absorbed."""
-        shapes = (self.anchor.weight.shape, self.anchor.bias.shape if self.had_bias else None)  # type: ignore[union-attr]
+        shapes = (self.anchor.weight.shape, self.anchor.bias.shape if self.had_bias else None)
         return (weight.shape, None if bias is None else bias.shape) == shapes
 
     def load(

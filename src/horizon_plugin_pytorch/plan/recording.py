@@ -48,7 +48,9 @@ def record(int8_model: nn.Module, example_inputs: Any) -> Plan:
     except PlanError:
         raise
     except Exception as error:
-        raise PlanError(f"record: the forward of {type(int8_model).__name__} cannot be traced as a whole: {error}") from error
+        raise PlanError(
+            f"record: the forward of {type(int8_model).__name__} cannot be traced as a whole: {error}"
+        ) from error
     recorder = _Recorder(int8_model, graph, tracer.operators)
     with torch.no_grad():
         expected = recorder.run(*values)
@@ -57,7 +59,9 @@ def record(int8_model: nn.Module, example_inputs: Any) -> Plan:
     leaves = torch.utils._pytree.tree_leaves
     for a, b in zip(leaves(expected), leaves(result), strict=True):
         if isinstance(a, Tensor) and not torch.equal(_plain(a), _plain(b)):
-            raise PlanError("record: the plan does not give what the model gives; its forward depends on more than its inputs")
+            raise PlanError(
+                "record: the plan does not give what the model gives; its forward depends on more than its inputs"
+            )
     return plan
 
 
@@ -115,7 +119,11 @@ class _PlanTracer(fx.Tracer):
         parameters = inspect.signature(inspect.unwrap(root_fn)).parameters
         for i, arg in enumerate(args):
             name = str(arg.node.target).lstrip("*") if isinstance(arg, fx.Proxy) else ""
-            if name in parameters and parameters[name].default is not inspect.Parameter.empty and name not in self.given:
+            if (
+                name in parameters
+                and parameters[name].default is not inspect.Parameter.empty
+                and name not in self.given
+            ):
                 args[i] = parameters[name].default
                 self.graph.erase_node(arg.node)
         return fn, args
@@ -174,7 +182,9 @@ class _Recorder(fx.Interpreter):
         if isinstance(value, slice):
             return slice(*(self._arguments(v) for v in (value.start, value.stop, value.step)))
         if isinstance(value, (tuple, list)):
-            return tuple(map(self._arguments, value)) if isinstance(value, tuple) else [self._arguments(v) for v in value]
+            return (
+                tuple(map(self._arguments, value)) if isinstance(value, tuple) else [self._arguments(v) for v in value]
+            )
         return value
 
     # -- nodes --------------------------------------------------------------------------------------------------------------
@@ -217,15 +227,18 @@ class _Recorder(fx.Interpreter):
             self.refs[n] = self._group(name, module, args, kwargs, arguments, self._arguments(n.kwargs), result)
 
     def _functional(self, n: fx.Node) -> Any:
-        (path, index, *nodes), _ = n.args, n.kwargs
-        module, operator = self.root.get_submodule(str(path)), self.functional_operators[int(index)]  # type: ignore[arg-type]
-        xs = self.map_nodes_to_values(tuple(nodes), n)
+        arguments: Any = n.args
+        path, index, *nodes = arguments
+        module, operator = self.root.get_submodule(path), self.functional_operators[index]
+        xs: Any = self.map_nodes_to_values(tuple(nodes), n)
         assert isinstance(module, QFunctional)
         result = module._run(operator, *xs)
-        self.refs[n] = self._operator(str(path), operator, module, xs, self._arguments(tuple(nodes)), result)
+        self.refs[n] = self._operator(path, operator, module, xs, self._arguments(tuple(nodes)), result)
         return result
 
-    def _operator(self, name: str, operator: operators.Operator, module: Any, xs: Any, arguments: Any, result: Any) -> Ref:
+    def _operator(
+        self, name: str, operator: operators.Operator, module: Any, xs: Any, arguments: Any, result: Any
+    ) -> Ref:
         params: dict[str, Any] = {"scale": self._constant(f"{name}.scale", module.scale), "dtype": _name(module.dtype8)}
         kind: Kind = "operator"
         if isinstance(operator, operators.Elementwise):
@@ -289,7 +302,9 @@ class _Recorder(fx.Interpreter):
         if not isinstance(value, QTensor):
             return ref
         if ref.value not in self._floats:
-            self._floats[ref.value] = self._add(Step("dequantize", f"{node.name}.dequantize", (ref,)), value.dequantize())
+            self._floats[ref.value] = self._add(
+                Step("dequantize", f"{node.name}.dequantize", (ref,)), value.dequantize()
+            )
         return self._floats[ref.value]
 
 
@@ -309,6 +324,3 @@ def _constant_names(arguments: Any) -> list[str]:
     if isinstance(arguments, (tuple, list)):
         return [n for a in arguments for n in _constant_names(a)]
     return []
-
-
-

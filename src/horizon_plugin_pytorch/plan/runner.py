@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +68,9 @@ class Runner:
         names = self.plan.inputs
         arguments = dict(zip(names, inputs, strict=False)) | named
         if len(inputs) > len(names) or set(arguments) != set(names) or len(inputs) + len(named) != len(names):
-            raise PlanError(f"{self.plan.model} takes {', '.join(names)}; got {len(inputs)} by position and {sorted(named)} by name")
+            raise PlanError(
+                f"{self.plan.model} takes {', '.join(names)}; got {len(inputs)} by position and {sorted(named)} by name"
+            )
         values: list[Any] = []
         for name, value in zip(names, self.plan.values, strict=False):
             x = arguments[name]

@@ -174,7 +174,9 @@ def _decode(x: Any, depth: int = 0) -> Any:
 def _decode_plan(program: Any, constants: dict[str, Tensor]) -> Plan:
     if not isinstance(program, dict) or program.get("format") != FORMAT:
         raise PlanError(f"format {program.get('format') if isinstance(program, dict) else None!r} is not {FORMAT}")
-    values = tuple(Value(str(n), str(d), tuple(_whole(i) for i in shape), scale) for n, d, shape, scale in program["values"])
+    values = tuple(
+        Value(str(n), str(d), tuple(_whole(i) for i in shape), scale) for n, d, shape, scale in program["values"]
+    )
     steps = tuple(
         Step(kind, str(name), _decode(args), _decode(kwargs), str(target), _decode(params))
         for kind, name, target, args, kwargs, params in program["steps"]
@@ -290,7 +292,11 @@ def _check_group(plan: Plan, step: Step) -> None:
     tensors = {n: plan.constants[c.name] for n, c in step.params.items() if isinstance(c, Const)}
     weight, bias = tensors["weight"], tensors["bias"]
     sizes = (walk.kernel_size, walk.stride, walk.dilation, walk.output_padding)
-    if walk.dims not in (0, 1, 2, 3) or any(len(s) != walk.dims for s in sizes) or weight.dim() != (walk.dims + 2 if walk.dims else 2):
+    if (
+        walk.dims not in (0, 1, 2, 3)
+        or any(len(s) != walk.dims for s in sizes)
+        or weight.dim() != (walk.dims + 2 if walk.dims else 2)
+    ):
         raise PlanError("its geometry does not fit its weight")
     if walk.groups < 1 or any(s < 1 for s in (*walk.kernel_size, *walk.stride, *walk.dilation)):
         raise PlanError("its geometry is not one of a convolution")

@@ -46,7 +46,7 @@ class AddPlace:
     def add(self, a: Any, b: Any) -> Tensor:
         """`FloatFunctional.add` of the fused anchor's output and another tensor, in either order."""
         first, other = self._operands(a, b)
-        return self(first.value, other, **first.kwargs)  # type: ignore[operator, no-any-return]
+        return self(first.value, other, **first.kwargs)  # type: ignore[operator]
 
     def add_relu(self, a: Any, b: Any) -> Tensor:
         """`FloatFunctional.add_relu`: add, then ReLU."""
