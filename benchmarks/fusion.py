@@ -78,24 +78,23 @@ class PeerResult:
     difference: float | None = None
 
 
-def measure_peer(fuse: Callable[[Any], Any], model: Any, inputs: Any, expected: Any, before: Any) -> PeerResult:
-    """Fuses a copy of ``model`` and counts what is left in it."""
+def measure_peer(fuse: Callable[[Any], Any], case: Any) -> PeerResult:
+    """Fuses a copy of the network and counts what is left in it."""
     import torch
 
     from models import oracle, verify
 
     result = PeerResult()
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(case.model)
     try:
         start = time.perf_counter()
         fused = fuse(model)
         result.seconds = time.perf_counter() - start
-        result.absorbed = before.norm_calls - oracle.trace(fused, inputs).norm_calls
+        result.absorbed = case.trace.norm_calls - oracle.trace(fused, case.inputs).norm_calls
         with torch.no_grad():
-            result.difference, problem = verify.compare(expected, fused(*inputs))
-        result.error = problem
+            result.difference, result.error = verify.compare(case.expected, fused(*case.inputs))
     except Exception as error:
-        result.error = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        result.error = verify.describe(error)
         return result
     groups = [type(m).__name__ for m in fused.modules() if "nn.intrinsic" in type(m).__module__]
     groups = [kind for kind in groups if kind.startswith(("Conv", "Linear"))]  # not torch.ao's BNReLU
@@ -133,25 +132,22 @@ def measure(name: str, latency_seconds: float) -> Row:
     """All measurements of one network, in this process."""
     import torch
 
-    from models import oracle, verify, zoo
+    from models import verify, zoo
 
     torch.set_num_threads(1)
     warm_up()
-    verdict = verify.verify(name)
-    row = Row(name, verdict=verdict.to_dict())
-    if verdict.unfused_error:
-        return row
-    gc.collect()
-    model = zoo.build(name)
-    row.parameters = sum(p.numel() for p in model.parameters())
-    model = model.to(zoo.recipe(name).dtype)
-    inputs, expected = zoo.prepare(name, model)
-    before = oracle.trace(model, inputs)
+    try:
+        case = verify.load(name)
+    except Exception as error:
+        return Row(name, verdict=verify.Verdict(name, unfused_error=verify.describe(error)).to_dict())
+    verdict = verify.judge(case)
+    row = Row(name, sum(p.numel() for p in case.model.parameters()), verdict.to_dict())
     for peer, fuse in PEERS.items():
-        row.peers[peer] = asdict(measure_peer(fuse, model, inputs, expected, before))
         gc.collect()
-    if latency_seconds and not any("fuse_fx raises" in p for p in verdict.problems):
-        del model, inputs, expected
+        row.peers[peer] = asdict(measure_peer(fuse, case))
+    if latency_seconds and verdict.difference is not None:
+        del case
+        gc.collect()
         row.latency = asdict(measure_latency(name, zoo.build(name, native=True), latency_seconds))
     return row
 

@@ -99,7 +99,7 @@ def test_whole_grid_of_modules(kind: str, norm: str) -> None:
 
 @pytest.mark.parametrize("kind", ANCHORS)
 def test_drawn_modules(kind: str) -> None:
-    @settings(max_examples=12, phases=PHASES)
+    @settings(max_examples=25, phases=PHASES)
     @given(
         anchors(kind),
         st.sampled_from([norm for k, norm in ANCHOR_AND_NORM if k == kind]),
@@ -125,7 +125,7 @@ def test_drawn_modules(kind: str) -> None:
 def test_drawn_functions(kind: str) -> None:
     activations: dict[str, tuple[str, Any]] = {"none": ("none", None), **ACTIVATION_FORMS}
 
-    @settings(max_examples=12, phases=PHASES)
+    @settings(max_examples=25, phases=PHASES)
     @given(
         anchors(kind),
         st.booleans(),

@@ -106,7 +106,7 @@ def test_whole_grid(kind: str, norm: str, kept: bool) -> None:
 def test_drawn(kind: str) -> None:
     """Every option of the anchors and norms."""
 
-    @settings(max_examples=15, phases=PHASES)
+    @settings(max_examples=40, phases=PHASES)
     @given(
         anchors(kind),
         st.sampled_from([norm for k, norm in ANCHOR_AND_NORM if k == kind]),
@@ -520,6 +520,77 @@ def test_returned_output_raises_also_in_a_wrapping_model() -> None:
     fused = fuse_modules(Elsewhere(USES_OF_THE_VALUE["returned in a tuple"]), ["conv", "bn", "ff", "relu"])
     with pytest.raises(FusionError, match="as an output of Elsewhere"):
         nn.Sequential(fused)(torch.randn(2, 4, 4, 4))
+
+
+class Plain(nn.Module):
+    """conv -> bn -> [add] -> relu as the forward calls them."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu, self.ff, self.run = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), FloatFunctional(), forward
+        self.identity, self.dropout, self.stash = nn.Identity(), nn.Dropout(), None
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+MISREAD: dict[str, tuple[list[str], Callable[..., Any], str]] = {
+    "conv read before its relu": (["conv", "relu"], lambda m, x: m.relu(y := m.conv(x)) + y, "'conv' is read by 'add'"),
+    "conv read before its norm": (["conv", "bn"], lambda m, x: m.bn(y := m.conv(x)) * y, "'conv' is read by 'mul'"),
+    "norm read before its relu": (["conv", "bn", "relu"], lambda m, x: m.relu(y := m.bn(m.conv(x))) + y, "'bn' is read by 'add'"),
+    "returned": (["conv", "relu"], lambda m, x: (m.relu(y := m.conv(x)), y), "'conv' is read by the model's output"),
+    "read by a module": (["conv", "relu"], lambda m, x: m.relu(y := m.conv(x)) + m.bn(y), "'conv' is read by 'bn'"),
+    "sum read before its relu": (["conv", "ff", "relu"], lambda m, x: m.relu(y := m.ff.add(m.conv(x), x)) + y, "'ff' is read by 'add'"),
+    "another order": (["conv", "bn", "relu"], lambda m, x: m.bn(m.relu(m.conv(x))), "'conv' is read by 'relu'"),
+    "called twice, once without": (["conv", "relu"], lambda m, x: m.relu(m.conv(x)) + m.conv(x), "'conv' is read by 'add'"),
+    "added twice, once without": (
+        ["conv", "ff", "relu"],
+        lambda m, x: m.relu(m.ff.add(m.conv(x), x)) + m.ff.add(m.conv(x * 2), x),
+        "'ff' is read by 'add'",
+    ),
+    "something between": (["conv", "relu"], lambda m, x: m.relu(m.conv(x) * 2), "'conv' is read by 'mul'"),
+    "dropout between": (["conv", "relu"], lambda m, x: m.relu(m.dropout(m.conv(x))), "'conv' is read by 'dropout'"),
+}
+
+
+@pytest.mark.parametrize("case", MISREAD)
+def test_a_value_inside_a_group_that_is_read_raises_at_the_first_forward(case: str) -> None:
+    names, forward, message = MISREAD[case]
+    net = Plain(forward).eval()
+    x = torch.randn(2, 4, 3, 3)
+    net(x)
+    fused = fuse_modules(net, names)
+    with pytest.raises(FusionError, match=f"the output of {message}") as error:
+        fused(x)
+    assert "exists nowhere else" in str(error.value) and f"{__file__}:" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "forward"),
+    [
+        (["conv", "bn", "relu"], lambda m, x: m.relu(m.bn(y := m.conv(x))).reshape(y.shape[0], -1)),
+        (["conv", "relu"], lambda m, x: m.relu(y := m.conv(x)).reshape(y.size(0), y.size()[1], -1).to(y.dtype)),
+        (["conv", "relu"], lambda m, x: m.relu(m.identity(m.conv(x)))),
+        (["conv", "bn", "relu"], lambda m, x: m.relu(m.bn(m.conv(x))) + m.relu(m.bn(m.conv(x * 2)))),
+        (["conv", "ff", "relu"], lambda m, x: m.relu(m.ff.add(m.conv(x), x)) + m.relu(m.ff.add(m.conv(x * 2), x))),
+        (["conv", "bn"], lambda m, x: m.relu(y := m.bn(m.conv(x))) + y),
+        (["conv", "relu"], lambda m, x: m.relu(m.conv(x)) if x.sum() > -1e9 else x),
+    ],
+)
+def test_what_reads_no_value_inside_a_group_is_right(names: list[str], forward: Callable[..., Any]) -> None:
+    net = randomize(Plain(forward)).eval()
+    assert run_both(fuse_modules(net, names), net, torch.randn(2, 4, 3, 3)) == 0
+
+
+def test_what_the_forward_stores_does_not_get_traced_values() -> None:
+    def forward(m: Plain, x: Tensor) -> Tensor:
+        m.stash = m.conv(x)
+        return m.relu(m.bn(m.stash))
+
+    net = randomize(Plain(forward)).eval()
+    fused = fuse_modules(net, ["conv", "bn", "relu"])
+    assert net.stash is None and fused.stash is None
+    assert run_both(fused, net, torch.randn(2, 4, 3, 3)) == 0
 
 
 METHODS: dict[str, Callable[..., Any]] = {

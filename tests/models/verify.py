@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -44,57 +44,81 @@ class Verdict:
         return asdict(self)
 
 
-def verify(name: str, *, convert: Any = None) -> Verdict:
-    """Builds the network, fuses it with ``fuse_fx`` and compares everything with the unfused network.
+@dataclass
+class Case:
+    """An unfused network that runs, with everything its fused form is compared with."""
+
+    name: str
+    model: nn.Module
+    inputs: tuple[Any, ...]
+    expected: Any
+    trace: oracle.Trace
+
+
+def load(name: str, convert: Callable[[nn.Module], nn.Module] | None = None) -> Case:
+    """Builds the network, randomizes it and runs it, unfused; raises what it raises.
 
     ``convert`` is applied to the network before anything else, e.g. to swap its norms for others.
     """
-    from horizon_plugin_pytorch.quantization import fuse_fx
-
-    verdict = Verdict(name)
-    dtype = zoo.recipe(name).dtype
-    verdict.dtype = str(dtype).removeprefix("torch.")
-    model = zoo.build(name).to(dtype)
+    model = zoo.build(name).to(zoo.recipe(name).dtype)
     if convert is not None:
         model = convert(model)
+    inputs, expected = zoo.prepare(name, model)
+    return Case(name, model, inputs, expected, oracle.trace(model, inputs))
+
+
+def verify(
+    name: str,
+    *,
+    convert: Callable[[nn.Module], nn.Module] | None = None,
+    fuse: Callable[[nn.Module], Any] | None = None,
+) -> Verdict:
+    """Loads the network, fuses it (``fuse`` instead of ``fuse_fx``, if given) and judges the result."""
     try:
-        inputs, expected = zoo.prepare(name, model)
+        case = load(name, convert)
     except Exception as error:
-        verdict.unfused_error = _describe(error)
-        return verdict
-    verdict.size = [list(t.shape) for t in zoo.flatten(list(inputs))]
-    useless = zoo.is_informative(zoo.flatten(expected))
-    if useless:
+        return Verdict(name, unfused_error=describe(error))
+    return judge(case, fuse)
+
+
+def judge(case: Case, fuse: Callable[[nn.Module], Any] | None = None) -> Verdict:
+    """Fuses the network and compares everything with the unfused network."""
+    if fuse is None:
+        from horizon_plugin_pytorch.quantization import fuse_fx as fuse
+
+    dtype = zoo.recipe(case.name).dtype
+    verdict = Verdict(case.name, dtype=str(dtype).removeprefix("torch."))
+    verdict.size = [list(t.shape) for t in zoo.flatten(list(case.inputs))]
+    if useless := zoo.is_informative(zoo.flatten(case.expected)):
         verdict.problems.append(f"the comparison would prove nothing: {useless}")
-    before = oracle.trace(model, inputs)
+    before = case.trace
     verdict.norm_calls, verdict.pairs, verdict.legal = before.norm_calls, len(before.pairs), len(before.legal)
     verdict.fusable_adds, verdict.fusable_activations = before.fusable_adds, before.fusable_activations
 
-    snapshot = fingerprint(model)
+    snapshot = fingerprint(case.model)
     start = time.perf_counter()
     try:
-        fused = fuse_fx(model)
+        fused = fuse(case.model)
     except Exception as error:
-        verdict.problems.append(f"fuse_fx raises {_describe(error)}")
+        verdict.problems.append(f"fuse_fx raises {describe(error)}")
         return verdict
     verdict.fuse_seconds = time.perf_counter() - start
-    if changed := difference_of(snapshot, fingerprint(model)):
+    if changed := difference_of(snapshot, fingerprint(case.model)):
         verdict.problems.append(f"fuse_fx changed the original: {changed}")
-    del model
 
     judge_report(verdict, before, fused.fusion_report)
     try:
         with torch.no_grad():
             zoo.seed_everything(0)
-            actual = fused(*inputs)
-        verdict.difference, problem = compare(expected, actual)
+            actual = fused(*case.inputs)
+        verdict.difference, problem = compare(case.expected, actual)
         if problem:
             verdict.problems.append(problem)
         elif not verdict.difference <= TOLERANCE[dtype]:
             verdict.problems.append(f"an output differs by {verdict.difference:.2g} relative")
-        judge_fused(verdict, before, oracle.trace(fused, inputs))
+        judge_fused(verdict, before, oracle.trace(fused, case.inputs))
     except Exception as error:
-        verdict.problems.append(f"the fused network raises {_describe(error)}")
+        verdict.problems.append(f"the fused network raises {describe(error)}")
     return verdict
 
 
@@ -153,7 +177,11 @@ def compare(expected: Any, actual: Any) -> tuple[float, str | None]:
             continue
         scale = x.abs().max().item()
         error = (x - y).abs().max().item()
-        worst = max(worst, error / scale if scale else error)
+        relative = error / scale if scale else error
+        if not relative <= worst:  # also where it is NaN, which max() would hide
+            worst = relative
+        if worst != worst:
+            return worst, f"output {i} is not a number somewhere"
     return worst, None
 
 
@@ -182,11 +210,6 @@ def difference_of(before: Fingerprint, after: Fingerprint) -> str | None:
     return None
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
-
-
-def failures(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Those with problems."""
-    return [v for v in verdicts if v.problems]

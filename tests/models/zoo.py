@@ -218,8 +218,9 @@ def randomize_bn(model: nn.Module, inputs: Sequence[Any], seed: int = 0) -> None
         seen.add(norm)
         channels_last = x.transpose(0, 1).reshape(x.shape[1], -1)
         spread = channels_last.var(dim=1, correction=0)
-        # A channel that is dead here, or seen through a single pixel, has no variance of its own.
-        spread = spread + 0.1 * spread.mean() + 1e-3
+        # A channel that is dead here, or seen through a pixel or two (after global pooling), has no variance to speak of;
+        # scaled up to 1 it would amplify rounding from norm to norm until nothing could be compared.
+        spread = spread + 0.1 * x.var(correction=0) + 1e-3
         mean.copy_(channels_last.mean(dim=1) + spread.sqrt() * uniform(mean, -0.5, 0.5))
         var.copy_(spread * uniform(var, 0.5, 2.0))
         if norm.weight is not None:

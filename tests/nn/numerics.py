@@ -29,7 +29,10 @@ def round_to_float32(value: Fraction) -> np.float32:
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     a, b, c = np.broadcast_arrays(a, b, c)
-    exact = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a.flat, b.flat, c.flat, strict=True)]
+    exact = [
+        Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
+        for x, y, z in zip(a.flat, b.flat, c.flat, strict=True)
+    ]
     return np.array([round_to_float32(v) for v in exact], dtype=f32).reshape(a.shape)
 
 
@@ -125,7 +128,9 @@ def integer_sum(anchor: Any, x_q: Tensor, w: Tensor) -> Tensor:
     dims = w.dim() - 2
     if "Transpose" in type(anchor).__name__:
         conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
-        return conv(x, w, None, anchor.stride, anchor.padding, anchor.output_padding, anchor.groups, anchor.dilation).round()
+        return conv(
+            x, w, None, anchor.stride, anchor.padding, anchor.output_padding, anchor.groups, anchor.dilation
+        ).round()
     conv = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
     padding = anchor.padding
     if anchor.padding_mode != "zeros":

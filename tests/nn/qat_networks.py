@@ -66,15 +66,20 @@ def data(count: int = 6, size: int = 8) -> Tensor:
 
 
 def prepare(
-    model: nn.Module | None = None, qconfig: Any = None, *, keep_bn: bool = True, calibrated: bool = True
+    model: nn.Module | None = None,
+    qconfig: Any = None,
+    *,
+    keep_bn: bool = True,
+    calibrated: bool = True,
+    x: Tensor | None = None,
 ) -> nn.Module:
     """A model (default: a `Network`) in training mode and the state QAT."""
-    x = data()
+    x = data() if x is None else x
     model = fitted(Network() if model is None else model, x)
     with qat_mode(QATMode.WithBN if keep_bn else QATMode.FuseBN):
         prepared = prepare_qat_fx(model, None if qconfig is None else {"": qconfig}, example_inputs=x)
     if calibrated:
-        calibrate(prepared, [x, data()], progress=False)
+        calibrate(prepared, [x, x.flip(2)], progress=False)
     set_fake_quantize(prepared, FakeQuantState.QAT)
     return prepared.train()
 

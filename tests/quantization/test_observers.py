@@ -137,7 +137,7 @@ def test_integrals_against_sums(x: Tensor, bounds: tuple[int, int], share: float
     constant = 0 if bounds[0] else float(x.double().clamp(max=0).square().mean())
     true_error = squared_error(x, threshold / bounds[1], bounds) - constant
     # Few values do not fill their bins evenly.
-    assert error == pytest.approx(true_error, rel=0.1 if len(x) > 100 else 0.5)
+    assert error == pytest.approx(true_error, rel=0.04 if len(x) > 100 else 0.3)
     similar = float(criteria.cosine(histogram, threshold.view(1), *bounds)) / float(x.double().norm())
     assert similar == pytest.approx(cosine(x, threshold / bounds[1], bounds), rel=1e-3)
 
@@ -149,26 +149,34 @@ def relative_entropy(y: np.ndarray, edges: np.ndarray, threshold: float, levels:
     if len(inside) < len(y) / 2:
         return np.inf
     edges = edges[(edges * levels >= np.median(y)) & (edges <= threshold)]
-    edges[0] = 0
+    edges = np.concatenate(([0], edges))
     p = np.histogram(y, edges)[0] / len(y)
     p[-1] += 1 - p.sum()
     boundaries = np.linspace(0, threshold, levels + 1)
     q = np.diff(np.interp(edges, boundaries, np.searchsorted(inside, boundaries) / len(inside)))
-    return float(sum(a * np.log(a / max(b, 1e-12)) for a, b in zip(p, q, strict=True) if a > 0))
+    return float((p * np.log(np.where(p > 0, p, 1) / np.maximum(q, 1e-12), where=p > 0, out=np.zeros_like(p))).sum())
 
 
 @each_range
-@pytest.mark.parametrize("sample", ["normal", "relu", "negative side longer", "heavy tails", "outlier", "two clusters"])
+@pytest.mark.parametrize("sample", ["normal", "negative side longer", "heavy tails", "two clusters"])
 def test_kl_against_the_values_themselves(sample: str, bounds: tuple[int, int]) -> None:
-    y, levels = magnitudes(SAMPLES[sample], bounds).numpy(), bounds[1] + 1
-    observer = observed("kl", SAMPLES[sample])
-    edges = histograms.cut(histograms.window_edges(observer.top, 2048), torch.tensor(y.max() * (1 + 1e-7))).numpy()
-    found = float(observer.scale(*bounds)) * bounds[1]
-    candidates = edges[(edges > y.max() / 2**10) & (edges <= y.max() * 1.01)][::-1][::8]
-    entropies = [relative_entropy(y, edges, t, levels) for t in candidates]
-    assert min(entropies) < 0.98 * entropies[0] or found == pytest.approx(y.max())
-    nearest = edges[np.abs(edges - found).argmin()]
-    assert relative_entropy(y, edges, nearest, levels) <= 1.02 * min(entropies) + 1e-4
+    x = SAMPLES[sample]
+    x = torch.cat((x, x[:20_000] * 1e-4))  # the distribution of tiny values must not matter
+    y, levels = magnitudes(x, bounds).numpy(), bounds[1] + 1
+    observer = observed("kl", x)
+    histogram = observer.histogram(observer._largest(bounds[0]))
+    edges = histogram.edges.numpy()
+    first = np.searchsorted(edges, y.max())
+    ends = [first - 8 * k for k in range(100)]
+    counts = histogram.magnitudes(bounds[0] < 0)
+    ours = criteria.relative_entropy(counts, histogram.edges, torch.tensor(ends), levels).tolist()
+    theirs = [relative_entropy(y, edges, edges[end], levels) for end in ends]
+    # A last bin with few values of its own depends on where in it they are.
+    filled = [k for k, end in enumerate(ends) if k == 0 or counts[end - 1] > 20]
+    assert [ours[k] for k in filled] == pytest.approx([theirs[k] for k in filled], rel=0.1, abs=1e-3)
+    assert len(filled) > 20
+    assert sample == "negative side longer" or 10 < np.isinf(theirs).sum() < 90
+    assert float(observer.scale(*bounds)) * bounds[1] == pytest.approx(edges[ends[np.argmin(ours)]])
 
 
 @each_range
@@ -321,7 +329,7 @@ def test_mostly_zero_is_not_clipped_away(bounds: tuple[int, int]) -> None:
 
 
 @every_kind
-@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
 @pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize("first", [False, True])
 def test_nan_and_infinity_are_remembered(name: str, axis: int | None, bad: float, running: bool, first: bool) -> None:
@@ -511,7 +519,7 @@ def test_nothing_depends_on_the_data(name: str, axis: int | None) -> None:
         assert meta.scale(*S8).is_meta
 
 
-@every_kind
+@pytest.mark.parametrize(("name", "axis"), [("min_max", None), ("min_max", 1), ("mix", None)])
 def test_compiles_without_a_graph_break(name: str, axis: int | None) -> None:
     torch._dynamo.reset()
 

@@ -56,11 +56,10 @@ def scale_output_channels(weight: Tensor, k: Tensor, anchor: Anchor, groups: int
 def fold(
     anchor: Anchor, groups: int, weight: Tensor, bias: Tensor | None, norm: Mapping[str, Tensor | None], eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the operator that equals anchor + batch norm, in the dtype of `weight`; the formula is the module's."""
+    """Weight and bias of the operator that equals anchor + batch norm, in float64; the formula is the module's."""
     k, shift = bn_factor_and_shift(norm, eps)
     folded = scale_output_channels(weight.double(), k, anchor, groups)
-    offset = shift if bias is None else bias.double() * k + shift
-    return folded.to(weight.dtype), offset.to(weight.dtype)
+    return folded, shift if bias is None else bias.double() * k + shift
 
 
 def absorbed_values_reason(anchor: Anchor, module: nn.Module, norm: nn.Module) -> str | None:
@@ -71,7 +70,9 @@ def absorbed_values_reason(anchor: Anchor, module: nn.Module, norm: nn.Module) -
         return None  # as wide as the result of the norm itself
     values = (weight, *(b for b in [bias] if b is not None))
     absorbed = fold(anchor, anchor.groups(module), weight.detach(), bias, norm_tensors(norm), norm.eps)  # type: ignore[arg-type]
-    if all(bool(v.isfinite().all()) for v in values) and not all(bool(v.isfinite().all()) for v in absorbed):
+    if all(bool(v.isfinite().all()) for v in values) and not all(
+        bool(v.to(weight.dtype).isfinite().all()) for v in absorbed
+    ):
         return f"absorbing it makes weights that overflow {weight.dtype}; fuse the model in float32 first"
     return None
 
@@ -106,6 +107,7 @@ def absorb_into(
         old.copy_(weight)
         old_bias.copy_(bias)
         return
+    weight, bias = weight.to(old.dtype), bias.to(old.dtype)
     beta = norm.get("bias")
     trains = (
         old_bias.requires_grad

@@ -75,6 +75,7 @@ def _rebuild(body: dict[str, Any], imports: str, class_name: str) -> FusedGraphM
     skip = {"_graph", "_code", "_modules", "_parameters", "_buffers"}
     _adopt(result, {k: v for k, v in body.items() if k not in skip})
     for table in ("_modules", "_parameters", "_buffers"):
+        result.__dict__[table].clear()  # what the graph calls is there already, in its order
         result.__dict__[table].update(body[table])
     return result
 
@@ -154,6 +155,7 @@ def fuse_fx(
     model = copy.deepcopy(model)
     matchers, report = _match(model, example_inputs, keep_bn)
     result = model
+    places = _places(model)
     # Inner parts first: an outer part takes its children as they are then.
     for path, matcher in sorted(matchers.items(), key=lambda item: -item[0].count(".") - bool(item[0])):
         other_mode = _other_mode(matcher)
@@ -161,11 +163,20 @@ def fuse_fx(
         part = _graph_module(matcher.root, matcher.graph, matcher.constants)
         part.other_mode = other_mode
         if path:
-            replace_module(model, path, part)
+            for place in places[id(matcher.root)]:
+                replace_module(model, place, part)
         else:
             result = part
     result.fusion_report = report  # type: ignore[assignment]
     return result  # type: ignore[return-value]
+
+
+def _places(model: nn.Module) -> dict[int, list[str]]:
+    """Every path of every module, by identity."""
+    places: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(path)
+    return places
 
 
 def _match(model: nn.Module, example_inputs: Any, keep_bn: bool) -> tuple[dict[str, Matcher], FusionReport]:
@@ -173,13 +184,13 @@ def _match(model: nn.Module, example_inputs: Any, keep_bn: bool) -> tuple[dict[s
     traced, whole = tracing.trace_parts(model, given)
     report = FusionReport(type(model).__name__)
     report.untraced += [Untraced(path, type(module).__name__, reason) for path, (module, reason) in whole.items()]
-    matchers = {}
+    matchers, places = {}, _places(model)
     for path, part in traced.items():
         if not path and example_inputs is not None:
             args, kwargs = tracing.call_arguments(example_inputs)
             if stopped := tracing.record_shapes(part, args, kwargs):
                 report.notes.append(f"shapes are known only in part, so broadcasting adds may not be seen: {stopped}")
-        matcher = Matcher(part, path, keep_bn)
+        matcher = Matcher(part, path, keep_bn, places)
         matcher.run()
         matchers[path] = matcher
         name_groups(matcher)
@@ -297,7 +308,8 @@ def _rewrite(matcher: Matcher, keep_bn: bool) -> None:
     for match in matcher.matches:  # activations can be shared: their place is free only when nobody calls it any more
         node = match.activation
         if node is not None and node.op == "call_module" and str(node.target) not in called:
-            replace_module(matcher.root, str(node.target), Identity())
+            place = matcher.root.get_submodule(str(node.target))
+            replace_module(matcher.root, str(node.target), Identity().train(place.training))
     matcher.graph.lint()
 
 

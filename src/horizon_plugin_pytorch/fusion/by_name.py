@@ -8,16 +8,16 @@ because that call has both operands (`nn.intrinsic.handoff`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from horizon_plugin_pytorch.errors import FusionError
 from horizon_plugin_pytorch.fusion import patterns as p
-from horizon_plugin_pytorch.fusion.tracing import FusionTracer
 from horizon_plugin_pytorch.fusion.absorb_bn import absorbed_values_reason
+from horizon_plugin_pytorch.fusion.tracing import FusionTracer, attributes_kept
 from horizon_plugin_pytorch.nn.checkpoint import GuestKeys
 from horizon_plugin_pytorch.nn.intrinsic.assemble import Parts, assemble, chain, replace_module
 from horizon_plugin_pytorch.nn.intrinsic.group import FusedGroup, Identity, move_hooks
@@ -151,31 +151,46 @@ def _fuse(
 def _misread(model: nn.Module, groups: list[list[str]]) -> str | None:
     """Where the forward reads a value that exists only inside a group, as far as the forward can be traced.
 
-    Groups with an add are left to the hand-off at the anchor's place, which sees every forward.
+    What an add reads is left to the hand-off at the anchor's place, which sees every forward.
     """
-    groups = [names for names in groups if not any(p.is_float_functional(model.get_submodule(n)) for n in names)]
     try:
-        graph = FusionTracer().trace(model) if groups else None
+        with attributes_kept(model):
+            graph = FusionTracer().trace(model)
     except Exception:
         return None
     for names in groups:
         for name, following in zip(names, names[1:], strict=False):
-            for node in graph.nodes if graph is not None else ():
-                if node.op != "call_module" or node.target != name:
-                    continue
-                for user in node.users:
-                    if user.op != "call_module" or user.target != following:
-                        where = (
-                            "the model's output"
-                            if user.op == "output"
-                            else repr(str(user.target) if user.op == "call_module" else user.name)
-                        )
-                        source = user.meta.get("source")
+            if p.is_float_functional(model.get_submodule(following)):
+                continue
+            is_add = p.is_float_functional(model.get_submodule(name))
+            result = f"{name}.activation_post_process" if is_add else name
+            for node in graph.find_nodes(op="call_module", target=result):
+                for reader in _readers(model, node):
+                    if reader.op != "call_module" or reader.target != following:
+                        where = "the model's output" if reader.op == "output" else repr(_name(reader))
+                        source = reader.meta.get("source")
                         return (
-                            f"the output of {name!r} is read by {where}{f' ({source})' if source else ''}, but {name!r} was fused with "
-                            f"{following!r} and its output exists nowhere else. Leave {following!r} out of the fused group."
+                            f"the output of {name!r} is read by {where}{f' ({source})' if source else ''}, but {name!r} was "
+                            f"fused with {following!r} and its output exists nowhere else. "
+                            f"Leave {following!r} out of the fused group."
                         )
     return None
+
+
+def _readers(model: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
+    """What reads the value of a node, other than its shape, dtype or device."""
+    for user in node.users:
+        if user.op == "call_module" and isinstance(model.get_submodule(str(user.target)), nn.Identity):
+            yield from _readers(model, user)
+        elif (user.args[1] if user.target is getattr else user.target) not in _NO_VALUES:
+            yield user
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+_NO_VALUES = ("shape", "size", "dtype", "device", "ndim", "dim", "numel", "is_cuda")
 
 
 def _refuse_forward(reason: str, model: nn.Module, args: Any) -> None:

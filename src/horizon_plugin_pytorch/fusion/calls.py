@@ -20,51 +20,95 @@ from torch import nn
 Path = tuple[str, ...]
 ANY = "*"
 """In a path: every child."""
+SOME = "[:]"
+"""In a path: a slice, which holds some of the children."""
+
+
+def _position(key: int) -> str:
+    """In a path: the child at a position, which need not be its name."""
+    return f"[{key}]"
+
+
+Passed = tuple[int, frozenset[str]]
+"""How many arguments a call passes by position, and which by name."""
 
 
 @dataclass(frozen=True)
 class Use:
-    """A use of the module at `path`: a call, or anything else (opaque)."""
+    """A use of the module at `path`: a call, or anything else (opaque).
+
+    Attributes:
+        passed: what a call passes; None where that cannot be read.
+    """
 
     path: Path
     called: bool
+    passed: Passed | None = None
 
 
-def parts_of(module: nn.Module, inner: frozenset[Use] = frozenset()) -> Iterator[tuple[str, nn.Module]]:
-    """The largest submodules that are only called, by path.
+def parts_of(
+    module: nn.Module, inner: frozenset[Use] = frozenset()
+) -> Iterator[tuple[str, nn.Module, frozenset[str] | None]]:
+    """The largest submodules that are only called, by path, with the names of the arguments they are called with.
 
     Args:
         inner: uses of submodules by code outside this module.
+
+    Returns:
+        path, submodule, and the names; None where calls differ or cannot be read.
     """
-    uses = _concrete(module, _own_uses(module)) | {(use.path, use.called) for use in inner}
-    opaque = [path for path, called in uses if not called]
-    for path in sorted({path for path, called in uses if called}):
+    uses = _concrete(module, _own_uses(module)) | inner
+    opaque = [use.path for use in uses if not use.called]
+    called = {use.path for use in uses if use.called}
+    for path in sorted(called):
         if any(path[: len(o)] == o for o in opaque):
             continue
         child = module.get_submodule(".".join(path))
         inside = frozenset(
-            Use(p[len(path) :], called) for p, called in uses if p[: len(path)] == path and len(p) > len(path)
+            Use(use.path[len(path) :], use.called, use.passed)
+            for use in uses
+            if use.path[: len(path)] == path and len(use.path) > len(path)
         )
         if inside or type(child).forward is nn.Module.forward:
-            for name, part in parts_of(child, inside):
-                yield ".".join((*path, name)), part
-        elif not any(path[: len(p)] == p and len(p) < len(path) for p, called in uses if called):
-            yield ".".join(path), child
+            for name, part, names in parts_of(child, inside):
+                yield ".".join((*path, name)), part, names
+        elif not any(path[: len(p)] == p and len(p) < len(path) for p in called):
+            passed = {use.passed for use in uses if use.called and use.path == path}
+            yield ".".join(path), child, _names(child, passed)
+
+
+def _names(module: nn.Module, passed: set[Passed | None]) -> frozenset[str] | None:
+    """The names of the arguments of `module`'s forward that its calls pass, if all pass the same."""
+    call = next(iter(passed)) if len(passed) == 1 else None
+    if call is None:
+        return None
+    count, keywords = call
+    parameters = list(inspect.signature(module.forward).parameters)
+    return frozenset(parameters[:count]) | keywords
+
+
+def own_call(module: nn.Module) -> str | None:
+    """Why calling `module` is something else than the forward of its class."""
+    if "forward" in module.__dict__:
+        return "its forward is replaced on the module itself"
+    if type(module).__call__ is not nn.Module.__call__:
+        return f"{type(module).__name__} has a __call__ of its own"
+    return None
 
 
 def _own_uses(module: nn.Module) -> frozenset[Use]:
-    if "forward" in module.__dict__:
+    if own_call(module):
         return frozenset({Use((), False)})
     if type(module).forward is nn.Sequential.forward:
-        return frozenset({Use((ANY,), True)})
+        return frozenset({Use((ANY,), True, (1, frozenset()))})
     if type(module).forward is nn.Module.forward:
         return frozenset()
     return _uses(type(module))  # type: ignore[arg-type]
 
 
-def _concrete(module: nn.Module, uses: frozenset[Use]) -> set[tuple[Path, bool]]:
+def _concrete(module: nn.Module, uses: frozenset[Use]) -> set[Use]:
     """The uses of modules that are there; a path through something else that holds modules makes those opaque."""
-    found: set[tuple[Path, bool]] = set()
+    found: set[Use] = set()
     for use in uses:
         todo: list[tuple[Path, Any, Path]] = [((), module, use.path)]
         while todo:
@@ -72,19 +116,33 @@ def _concrete(module: nn.Module, uses: frozenset[Use]) -> set[tuple[Path, bool]]
             if isinstance(value, nn.Module):
                 if not rest:
                     if path or not use.called:
-                        found.add((path, use.called))
-                elif rest[0] == ANY:
+                        found.add(Use(path, use.called, use.passed))
+                elif rest[0] == SOME and rest[1:]:
+                    todo.append((path, value, (ANY, *rest[2:])))
+                elif rest[0] in (ANY, SOME):
                     todo += [((*path, name), child, rest[1:]) for name, child in value.named_children()]
+                elif rest[0].startswith("["):
+                    position = int(rest[0][1:-1])
+                    todo += [
+                        ((*path, name), child, rest[1:])
+                        for i, (name, child) in enumerate(value._modules.items())
+                        if i == position
+                    ]
                 elif rest[0] in value._modules:
                     todo.append(((*path, rest[0]), value._modules[rest[0]], rest[1:]))
                 elif rest[0] in value._parameters or rest[0] in value._buffers:
-                    found |= {(path, False)} if path else set()
+                    found |= {Use(path, False)} if path else set()
                 elif rest[0] in value.__dict__:
                     todo.append((path, value.__dict__[rest[0]], rest[1:]))
+                elif path and len(rest) == 1 and not hasattr(nn.Module, rest[0]):  # a property or method of its own
+                    inside = _concrete(value, _uses(type(value), rest[0]))  # type: ignore[arg-type]
+                    found |= {Use((*path, *u.path), u.called, u.passed) for u in inside}
+                elif path:
+                    found.add(Use(path, False))
             else:
                 held = {id(m) for m in _modules_in(value)}
                 found |= {
-                    (tuple(name.split(".")), False) for name, m in module.named_modules() if id(m) in held and name
+                    Use(tuple(name.split(".")), False) for name, m in module.named_modules() if id(m) in held and name
                 }
     return found
 
@@ -101,10 +159,10 @@ def _modules_in(value: Any) -> Iterator[nn.Module]:
 
 
 @cache
-def _uses(cls: type[nn.Module]) -> frozenset[Use]:
-    """Uses of ``self`` in the forward of a class, and in every method of its own that the forward reaches."""
+def _uses(cls: type[nn.Module], start: str = "forward") -> frozenset[Use]:
+    """Uses of ``self`` in a method of a class, and in every method of its own that this one reaches."""
     uses: set[Use] = set()
-    todo, seen = ["forward"], set()
+    todo, seen = [start], set()
     while todo:
         name = todo.pop()
         if name in seen:
@@ -180,11 +238,13 @@ class _Reader:
             owners = self.paths(node.value)
             return owners if node.attr == "_modules" else {(*p, node.attr) for p in owners}
         if isinstance(node, ast.Subscript):
-            if isinstance(node.slice, ast.Slice):
-                return self.paths(node.value)
             key = node.slice.value if isinstance(node.slice, ast.Constant) else None
-            exact = isinstance(key, str) or (isinstance(key, int) and key >= 0)
-            return {(*p, str(key) if exact else ANY) for p in self.paths(node.value)}
+            step = SOME if isinstance(node.slice, ast.Slice) else ANY
+            if isinstance(key, str):
+                step = key
+            elif isinstance(key, int) and key >= 0:
+                step = _position(key)
+            return {(*p, step) for p in self.paths(node.value)}
         return set()
 
     def _elements(self, node: ast.AST) -> list[set[Path]]:
@@ -282,7 +342,7 @@ class _Reader:
                 elif len(path) > 1 and hasattr(nn.Module, path[-1]):  # a method of a submodule: .forward(), .children()
                     self.uses.add(Use(path[:-1], False))
                 elif path:
-                    self.uses.add(Use(path, True))
+                    self.uses.add(Use(path, True, _passed(node)))
                 else:
                     self.uses.add(Use((), False))
             if self.paths(node.func):
@@ -306,3 +366,10 @@ class _Reader:
 
 def _is_super(node: ast.AST) -> bool:
     return isinstance(node, ast.Name) and node.id == "super"
+
+
+def _passed(call: ast.Call) -> Passed | None:
+    names = [k.arg for k in call.keywords]
+    if any(isinstance(a, ast.Starred) for a in call.args) or None in names:
+        return None
+    return len(call.args), frozenset(n for n in names if n is not None)

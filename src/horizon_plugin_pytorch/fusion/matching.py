@@ -17,6 +17,7 @@ from torch import fx, nn
 from horizon_plugin_pytorch.errors import FusionError
 from horizon_plugin_pytorch.fusion import operators as ops
 from horizon_plugin_pytorch.fusion import patterns as p
+from horizon_plugin_pytorch.fusion.absorb_bn import absorbed_values_reason
 from horizon_plugin_pytorch.fusion.patterns import Activation, Anchor
 from horizon_plugin_pytorch.fusion.report import Kind, Miss
 from horizon_plugin_pytorch.fusion.tracing import Traced, is_stub
@@ -79,9 +80,12 @@ class Matcher:
         traced: the graph and the module it was traced from.
         prefix: path of that module in the user's model, for the names in the report.
         keep_bn: batch norms stay inside their group, so Dropout is not stepped over.
+        places: every path of every module in the user's model, by identity; by default the traced module is all of it.
     """
 
-    def __init__(self, traced: Traced, prefix: str, keep_bn: bool) -> None:
+    def __init__(
+        self, traced: Traced, prefix: str, keep_bn: bool, places: dict[int, list[str]] | None = None
+    ) -> None:
         self.root, self.graph, self.prefix, self.keep_bn = traced.root, traced.graph, prefix, keep_bn
         self.of_this_mode, self.constants = traced.of_this_mode, traced.constants
         self.nodes = list(self.graph.nodes)
@@ -90,6 +94,8 @@ class Matcher:
         self.paths: dict[int, list[str]] = {}
         for path, module in self.modules.items():
             self.paths.setdefault(id(module), []).append(path)
+        self.places = places or self.paths
+        self.inside = tuple(f"{place}." if place else "" for place in self.places[id(self.root)])
         self.calls: dict[int, list[fx.Node]] = {}
         self.reads: Counter[str] = Counter()
         for node in self.nodes:
@@ -117,12 +123,13 @@ class Matcher:
         shown = [repr(self.name(n)) if n.op != "output" else "the model's output" for n in nodes]
         return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
 
-    def miss(self, kind: Kind, node: fx.Node, reason: str, anchor: fx.Node | None = None, shared: bool = False) -> None:
+    def miss(self, kind: Kind, node: fx.Node, reason: str, anchor: fx.Node | None = None) -> None:
         if node in self._told:
             return
         self._told.add(node)
-        modules = (self.name(anchor), self.name(node)) if anchor is not None else (self.name(node),)
-        self.misses.append(Miss(kind, modules, reason, node.meta.get("source"), shared))
+        nodes = [n for n in (anchor, node) if n is not None]
+        shared = next((self.name(n) for n in nodes if self._is_shared(n)), None)
+        self.misses.append(Miss(kind, tuple(map(self.name, nodes)), reason, node.meta.get("source"), shared))
 
     # -- kinds of nodes -----------------------------------------------------------------------------------------------------
 
@@ -245,7 +252,7 @@ class Matcher:
             assert add is not None
             why = refused or self._add_reason(match, user, add, over)
             if why:
-                self.miss("add", user, why, node, shared=bool(refused))
+                self.miss("add", user, why, node)
                 return match
             match.add = user
             match.nodes += [*over, user]
@@ -259,7 +266,7 @@ class Matcher:
         if row_of_activation is not None:
             why = refused or self._activation_reason(match, user)
             if why:
-                self.miss("activation", user, why, node, shared=bool(refused))
+                self.miss("activation", user, why, node)
                 return match
             match.activation, match.activation_row = user, row_of_activation
             match.nodes += [*over, user]
@@ -289,16 +296,16 @@ class Matcher:
 
     def _norm(self, match: Match, node: fx.Node, refused: str | None) -> Norm | None:
         norm, reason = self._read_norm(match.row, node)
-        shared = bool(refused)
         if refused is None and norm is not None:
             reason = self._module_reason(node, norm.module, "norm", norm.owner)
-            shared = reason is not None
             reason = reason or p.norm_reason(match.row, match.module, norm.module)
             reason = reason or self._rank_reason(match) or self._hooks(match.anchor, node)
             if reason is None and (bad := p.norm_values_reason(norm.module)):
                 raise FusionError(f"cannot absorb the batch norm {self.name(node)!r}: {bad}")
+            if not self.keep_bn:
+                reason = reason or absorbed_values_reason(match.row, match.module, norm.module)
         if refused or reason:
-            self.miss("norm", node, refused or reason or "", match.anchor, shared)
+            self.miss("norm", node, refused or reason or "", match.anchor)
             return None
         return norm
 
@@ -347,6 +354,16 @@ class Matcher:
             names["num_batches_tracked"] = "num_batches_tracked"
         return Norm(node, norm, path, names), None
 
+    def _is_shared(self, node: fx.Node) -> bool:
+        """An anchor or norm that is called, or at least there, more than once."""
+        module = self.module_of(node)
+        if module is None or (self.anchor_row(node) is None and self.kind(node) != "norm"):
+            return False
+        return len(self.calls[id(module)]) > 1 or len(self.paths[id(module)]) > 1 or bool(self._places_outside(module))
+
+    def _places_outside(self, module: nn.Module) -> list[str]:
+        return [place for place in self.places[id(module)] if not place.startswith(self.inside)]
+
     # -- reasons ------------------------------------------------------------------------------------------------------------
 
     def _module_reason(self, node: fx.Node, module: nn.Module, role: str, owner: str | None = None) -> str | None:
@@ -360,6 +377,8 @@ class Matcher:
             names = self.paths[id(module)]
             if len(names) > 1:
                 return f"{self.name(node)!r} is the same module as {', '.join(repr(n) for n in names if n != path)}: it is shared"
+            if outside := self._places_outside(module):
+                return f"{self.name(node)!r} is the same module as {outside[0]!r}: it is shared"
             if path.startswith(self.whole):
                 return f"{self.name(node)!r} is inside a module that was left whole and may call it, too"
             if self.reads[path]:

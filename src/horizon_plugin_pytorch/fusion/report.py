@@ -54,14 +54,14 @@ class Miss:
         modules: the operator that was left out, and the anchor it follows, if any.
         reason: why.
         source: ``file:line`` of its call, where known.
-        shared: the reason is that a module is called more than once.
+        shared: the one of `modules` that is called more than once, if one is.
     """
 
     kind: Kind
     modules: tuple[str, ...]
     reason: str
     source: str | None = None
-    shared: bool = False
+    shared: str | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import copy
 import inspect
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -231,25 +232,33 @@ def trace_parts(model: nn.Module, given: frozenset[str]) -> tuple[dict[str, Trac
     """
     traced: dict[str, Traced] = {}
     whole: dict[str, tuple[nn.Module, str]] = {}
-    todo: list[tuple[str, nn.Module, frozenset[str]]] = [("", model, given)]
+    todo: deque[tuple[str, nn.Module, frozenset[str] | None]] = deque([("", model, given)])
     seen: set[int] = set()
     while todo:
-        path, module, names = todo.pop()
+        path, module, names = todo.popleft()
         if id(module) in seen:
             continue
         seen.add(id(module))
         if is_known(module) or isinstance(module, FusedGroup) or not _has_anchor(module):
             continue
         if type(module).forward is nn.Module.forward or not callable(getattr(type(module), "forward", None)):
-            todo.extend(_parts(path, module))
+            todo.extendleft(reversed(list(_parts(path, module))))
             continue
+        if reason := calls.own_call(module):
+            whole[path] = (module, reason)
+            continue
+        if names is None and (optional := _optional(module)):
+            whole[path] = (module, f"its calls do not all pass the same of its optional arguments {optional}")
+            todo.extendleft(reversed(list(_parts(path, module))))
+            continue
+        names = names or frozenset()
         tracer = FusionTracer(names)
         try:
-            with _attributes_kept(module) as constants:
+            with attributes_kept(module) as constants:
                 graph = tracer.trace(module)
         except Exception as error:
             whole[path] = (module, _explain(error))
-            todo.extend(_parts(path, module))
+            todo.extendleft(reversed(list(_parts(path, module))))
             continue
         traced[path] = Traced(module, graph, tracer.left_whole, _of_this_mode(module, graph, names), constants)
         for inner, reason in tracer.left_whole.items():
@@ -265,7 +274,7 @@ def _of_this_mode(module: nn.Module, graph: fx.Graph, given: frozenset[str]) -> 
     modes = {m: m.training for m in module.modules()}
     other_mode = not module.training
     try:
-        with _attributes_kept(module):
+        with attributes_kept(module):
             for m in modes:
                 m.training = other_mode
             other = FusionTracer(given).trace(module)
@@ -292,12 +301,15 @@ def _uses_inside(graph: fx.Graph, path: str) -> frozenset[calls.Use]:
     uses = set()
     for node, target in inside:
         names = tuple(target[len(path) + 1 :].split("."))
-        uses.add(calls.Use(names if node.op == "call_module" else names[:-1], node.op == "call_module"))
+        if node.op == "call_module":
+            uses.add(calls.Use(names, True, (len(node.args), frozenset(node.kwargs))))
+        else:
+            uses.add(calls.Use(names[:-1], False))
     return frozenset(uses)
 
 
 @contextmanager
-def _attributes_kept(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+def attributes_kept(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Undo what a traced forward stores on modules (``self.features = x``): it would be the tracer's values.
 
     Yields a dict that has, afterwards, the constant tensors that the tracer stored on `module` for its graph.
@@ -317,6 +329,12 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
+def _optional(module: nn.Module) -> list[str]:
+    """Arguments of a forward that a call can leave out."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return [p.name for p in parameters if p.default is not inspect.Parameter.empty]
+
+
 def _has_anchor(module: nn.Module) -> bool:
     """There is something to fuse inside, or something that looks as if it were."""
     return any(isinstance(m, patterns.anchor_types()) for m in module.modules())
@@ -324,14 +342,14 @@ def _has_anchor(module: nn.Module) -> bool:
 
 def _parts(
     path: str, module: nn.Module, uses: frozenset[calls.Use] = frozenset()
-) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
+) -> Iterator[tuple[str, nn.Module, frozenset[str] | None]]:
     """The parts of a module left whole that may be fused on their own: those that are called and nothing else.
 
     Args:
         uses: what is known of uses from outside the module.
     """
-    for name, part in calls.parts_of(module, uses):
-        yield _join(path, name), part, frozenset()
+    for name, part, given in calls.parts_of(module, uses):
+        yield _join(path, name), part, given
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

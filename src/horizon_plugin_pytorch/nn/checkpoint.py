@@ -66,7 +66,7 @@ class GuestKeys:
         names = list(self.guest.state_dict(keep_vars=True))
         found = {prefix + n: state_dict.pop(self.key(prefix, n)) for n in names if self.key(prefix, n) in state_dict}
         before = len(missing)
-        self.guest._load_from_state_dict(found, prefix, metadata, strict, missing, [], errors)
+        self.guest._load_from_state_dict(found, prefix, metadata, strict, missing, unexpected, errors)
         missing[before:] = [self.key(prefix, m.removeprefix(prefix)) for m in missing[before:]]
 
 
@@ -170,9 +170,10 @@ class NormKeys(GuestKeys):
         if bias is not None and not self.had_bias:
             unexpected.append(prefix + "bias")
         if self._fits(weight, bias):
-            state_dict[prefix + "weight"], state_dict[prefix + "bias"] = fold(
-                self.row, self.row.groups(anchor), weight, bias, self._norm_arrived, self.eps
-            )
+            values = fold(self.row, self.row.groups(anchor), weight, bias, self._norm_arrived, self.eps)
+            assign = metadata.get("assign_to_params_buffers")  # otherwise rounded once, to the model's dtype
+            for name, value in zip(("weight", "bias"), values, strict=True):
+                state_dict[prefix + name] = value.to(weight.dtype) if assign else value
         self._leave()
 
 

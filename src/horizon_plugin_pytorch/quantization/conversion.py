@@ -18,7 +18,7 @@ from horizon_plugin_pytorch.nn.intrinsic.group import move_hooks
 from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize
 from horizon_plugin_pytorch.nn.qat.group import QATGroup
 from horizon_plugin_pytorch.nn.qat.operation import Alone, FloatFunctional, Operation, QuantStub
-from horizon_plugin_pytorch.nn.quantized.group import freeze
+from horizon_plugin_pytorch.nn.quantized.group import GroupConstants, freeze
 from horizon_plugin_pytorch.nn.quantized.operation import Operation as QuantizedOperation
 from horizon_plugin_pytorch.nn.quantized.operation import QFunctional, Quantize
 from horizon_plugin_pytorch.quantization.report import report_of
@@ -58,10 +58,13 @@ def convert(
         raise QuantizationError(f"convert: {training[0] or 'the model'!r} is in training mode; call model.eval() first")
     with torch.inference_mode(False), torch.no_grad():
         if not inplace:
-            model = copy.deepcopy(model)
+            model = copy.deepcopy(model, {} if mapping else _float_weights(model))
+        constants = {}
         for name, module in model.named_modules():
             _check(name or type(model).__name__, module)
-        result = _convert_modules(model, mapping or {})
+            if isinstance(module, QATGroup):
+                constants[module] = _freeze(name, module)
+        result = _convert_modules(model, constants, mapping or {})
     for module in result.modules():
         _drop_guest_keys(module)
         if remove_qconfig:
@@ -70,7 +73,18 @@ def convert(
     return result
 
 
-def _convert_modules(model: nn.Module, mapping: dict[type[nn.Module], Any]) -> nn.Module:
+def _float_weights(model: nn.Module) -> dict[int, Any]:
+    """Tensors that are only read to make integers, as the memo of a deepcopy that does not copy them."""
+    groups = [m for m in model.modules() if isinstance(m, QATGroup)]
+    inside = {part for g in groups for part in (g.anchor, g.norm) if part is not None}
+    tied = {id(t) for m in model.modules() if m not in inside for t in m._parameters.values()}
+    return {id(t): t for part in inside for t in part.parameters() if id(t) not in tied}
+
+
+Constants = dict[nn.Module, GroupConstants]
+
+
+def _convert_modules(model: nn.Module, constants: Constants, mapping: dict[type[nn.Module], Any]) -> nn.Module:
     """Every QAT module in its converted form, a shared one as one module in all its places."""
     made: dict[int, nn.Module] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -79,8 +93,8 @@ def _convert_modules(model: nn.Module, mapping: dict[type[nn.Module], Any]) -> n
         if not _is_qat(module, mapping) or (isinstance(parent, Alone) and parent is not module):
             continue
         if id(module) not in made:
-            make = mapping.get(type(module), to_quantized)
-            made[id(module)] = make(module)
+            custom = mapping.get(type(module))
+            made[id(module)] = to_quantized(module, constants) if custom is None else custom(module)
         if not name:
             return made[id(module)]
         replace_module(model, name, made[id(module)])
@@ -129,44 +143,44 @@ def _check(name: str, module: nn.Module) -> None:
                 "data reaches can be left in float with qconfig None"
             )
         quantizer.check(name)
-        scale = quantizer.scale
+        scale = quantizer.current_scale()
         if not bool(((scale > 0) & (scale < float("inf"))).all()):
             raise QuantizationError(f"convert: the scale of {name!r} is not positive and finite")
-    if isinstance(module, QATGroup):
-        if module.norm is not None and (reason := norm_values_reason(module.norm)):
-            raise QuantizationError(f"convert: the batch norm of {name!r}: {reason}")
-        constants = _frozen(module, name)
-        axis, groups = module._layout
-        # Inputs are uint8 or int8 as their producer decides, the bias is at most 2^30.
-        bound = reference.accumulator_bound(constants.weight, None, torch.uint8, axis, groups) + BIAS
-        if bound > ACCUMULATOR:
-            raise QuantizationError(
-                f"convert: the sum of {name!r} could reach {bound}, more than an int32 accumulator holds ({ACCUMULATOR}); split its input "
-                "channels over two operators, or leave it in float with qconfig None"
-            )
+    if isinstance(module, QATGroup) and module.norm is not None and (reason := norm_values_reason(module.norm)):
+        raise QuantizationError(f"convert: the batch norm of {name!r}: {reason}")
 
 
-def _frozen(group: QATGroup, name: str) -> Any:
+def _freeze(name: str, group: QATGroup) -> GroupConstants:
+    """The group's integers, if its sums fit an accumulator."""
+    axis, groups = group._layout
     try:
-        scales = group.weight_quant.scales(group.weight, *group._layout).detach()
-        return freeze(group.pattern.anchor, group.anchor, group.norm, scales)
+        scales = group.weight_quant.scales(group.weight, axis, groups).detach()
+        constants = freeze(group.pattern.anchor, group.anchor, group.norm, scales)
     except ValueError as error:
         raise QuantizationError(f"convert: {name!r}: {error}") from None
+    # Inputs are uint8 or int8 as their producer decides, the bias is at most 2^30.
+    bound = reference.accumulator_bound(constants.weight, None, torch.uint8, axis, groups) + BIAS
+    if bound > ACCUMULATOR:
+        raise QuantizationError(
+            f"convert: the sum of {name!r} could reach {bound}, more than an int32 accumulator holds ({ACCUMULATOR}); split its input "
+            "channels over two operators, or leave it in float with qconfig None"
+        )
+    return constants
 
 
-def to_quantized(module: nn.Module) -> nn.Module:
+def to_quantized(module: nn.Module, constants: Constants) -> nn.Module:
     """The converted form of one QAT module."""
     form: nn.Module
     if isinstance(module, Alone):
         form = Alone().eval()
-        form.hold(to_quantized(module.quant), to_quantized(module.group))
+        form.hold(to_quantized(module.quant, constants), to_quantized(module.group, constants))
         return form
     if isinstance(module, QATGroup):
         quant, p = module.output_quant, module.pattern
         cls = quantized.group_class(Pattern(p.anchor, False, p.add, p.activation))
         dtype8 = quant.dtype8 if quant is not None else torch.int8
         scale = None if quant is None else _scale(quant)
-        form = cls(module.geometry, _frozen(module, module.path), scale, dtype8, module.activation)
+        form = cls(module.geometry, constants[module], scale, dtype8, module.activation)
         form.path, form.handoff = module.path, module.handoff
     elif isinstance(module, Operation):
         quant = module.output_quant

@@ -80,6 +80,10 @@ def is_query(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in QUERY_METHODS
 
 
+_NUMBERS = (int, float, bool, str, "int", "float", "bool", "str")
+"""Annotations, which can be strings."""
+
+
 def float_values(graph: fx.Graph, modules: Modules) -> set[fx.Node]:
     """The nodes that are float tensors (or tuples of them): by their recorded dtype, or else by what they are computed from."""
     found: set[fx.Node] = set()
@@ -88,7 +92,7 @@ def float_values(graph: fx.Graph, modules: Modules) -> set[fx.Node]:
         if "dtype" in node.meta:
             is_float = node.meta["dtype"].is_floating_point
         elif node.op == "placeholder":
-            is_float = not recorded and node.type not in (int, float, bool, str)
+            is_float = not recorded and node.type not in _NUMBERS
         elif node.op == "get_attr":
             value: Any = modules[""]
             for name in str(node.target).split("."):

@@ -111,7 +111,7 @@ def flow_of(
         elif dataflow.passes(node, modules):
             if dataflow.first_argument(node) in flow.integer and node not in held:
                 flow.integer.add(node)
-        elif node in floats and inputs and not dataflow.is_query(node):
+        elif inputs and node.op != "output" and not dataflow.is_query(node):
             flow.reasons[node] = held.get(node) or _no_form(module)
     _plan_outputs(flow, graph, modules, candidates)
     _find_nonnegative(flow, graph, modules, candidates)

@@ -60,9 +60,9 @@ def _called_by_untraced(model: nn.Module, report: FusionReport) -> Iterator[tupl
         yield "", model
     for entry in report.untraced:
         outside = model.get_submodule(entry.module)
-        if isinstance(outside, fx.GraphModule):
+        if isinstance(outside, fx.GraphModule) or calls.own_call(outside):
             continue
-        for name, part in calls.parts_of(outside, _uses_of(model, entry.module)):
+        for name, part, _ in calls.parts_of(outside, _uses_of(model, entry.module)):
             if p.anchor_of(part) is not None or tracing.is_stub(part):
                 yield f"{entry.module}.{name}" if entry.module else name, part
 

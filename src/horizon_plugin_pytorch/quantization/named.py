@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from horizon_plugin_pytorch.errors import QuantizationError
 from horizon_plugin_pytorch.fusion import patterns as p
-from horizon_plugin_pytorch.fusion.tracing import FusionTracer
+from horizon_plugin_pytorch.fusion.tracing import FusionTracer, attributes_kept
 from horizon_plugin_pytorch.nn.quantized.operators import Add, Cat, Elementwise, Mul, Operator
 from horizon_plugin_pytorch.quantization import dataflow, forms, mutation
 from horizon_plugin_pytorch.quantization.dataflow import Modules
@@ -29,21 +29,12 @@ class _NameTracer(FusionTracer):
     """Records a call of a FloatFunctional's method as a call of the FloatFunctional."""
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        with self._functionals_recorded(root):
+        with attributes_kept(root):
+            for path, module in root.named_modules():
+                if p.is_float_functional(module):
+                    for method in _METHODS:
+                        module.__dict__[method] = partial(self._call_functional, path, method)
             return super().trace(root, concrete_args)
-
-    @contextmanager
-    def _functionals_recorded(self, root: nn.Module) -> Iterator[None]:
-        functionals = [(path, m) for path, m in root.named_modules() if p.is_float_functional(m)]
-        for path, module in functionals:
-            for method in _METHODS:
-                module.__dict__[method] = partial(self._call_functional, path, method)
-        try:
-            yield
-        finally:
-            for _, module in functionals:
-                for method in _METHODS:
-                    del module.__dict__[method]
 
     def _call_functional(self, path: str, method: str, *args: Any, **kwargs: Any) -> fx.Proxy:
         self._interesting += 1
@@ -52,23 +43,39 @@ class _NameTracer(FusionTracer):
         return proxy
 
 
-def output_plans(
-    model: nn.Module, qconfigs: Mapping[str, QConfig | None]
-) -> tuple[dict[str, OutputPlan], str | None]:
-    """How the outputs of a model's modules are quantized, by path; and a note if its forward cannot be traced.
+@dataclass
+class Outputs:
+    """How the outputs of a model's modules are quantized.
+
+    Attributes:
+        plans: by path.
+        left: modules that stay in float, and why.
+        note: why nothing is known, if the forward cannot be traced.
+    """
+
+    plans: dict[str, OutputPlan] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    note: str | None = None
+
+
+def outputs_of(model: nn.Module, qconfigs: Mapping[str, QConfig | None]) -> Outputs:
+    """Trace a model to see how the outputs of its modules are to be quantized.
 
     Args:
         qconfigs: of every module with an integer form, by path.
 
     Raises:
-        QuantizationError: a module works in place on a value that is read again later.
+        QuantizationError: a convolution or linear layer gets a float tensor, or a module works in place on a value that is read
+            again later.
     """
+    tracer = _NameTracer()
     try:
-        graph = _NameTracer().trace(model)
+        graph = tracer.trace(model)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        return {}, (
-            f"the forward of {type(model).__name__} cannot be traced, so outputs before a DeQuantStub are quantized, too: {reason}"
+        name = type(model).__name__
+        return Outputs(
+            note=f"the forward of {name} cannot be traced, so outputs before a DeQuantStub are quantized, too: {reason}"
         )
     modules = dict(model.named_modules(remove_duplicate=False))
     candidates: dict[fx.Node, Candidate] = {}
@@ -88,7 +95,22 @@ def output_plans(
     for node in (*candidates, *flow.quantized):
         path, plan = str(node.target), flow.plans.get(node, OutputPlan())
         plans[path] = plan if plans.get(path, plan) == plan else OutputPlan()  # called in several ways: nothing is assumed
-    return plans, None
+    called = {id(modules[str(n.target)]) for n in graph.nodes if n.op == "call_module"}
+    whole = tuple(f"{path}." for path in tracer.left_whole)
+    unused = [path for path in qconfigs if id(modules[path]) not in called and not path.startswith(whole)]
+    left = dict.fromkeys(unused, "the forward does not call it")
+    for node, own in candidates.items():
+        path = str(node.target)
+        if node in flow.quantized or own.qconfig is None:
+            continue
+        if own.is_anchor:
+            raise QuantizationError(
+                f"prepare_qat: {path!r} gets a float tensor, but computes in integers: put a QuantStub before it, or leave it in float "
+                "with qconfig None"
+            )
+        if not any(str(n.target) == path for n in flow.quantized):
+            left[path] = flow.reasons[node]
+    return Outputs(plans, left)
 
 
 def _refuse_late_reads(graph: fx.Graph, modules: Modules, integer: set[fx.Node]) -> None:

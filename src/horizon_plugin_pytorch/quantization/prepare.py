@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from horizon_plugin_pytorch.errors import QuantizationError
@@ -23,6 +24,7 @@ from horizon_plugin_pytorch.quantization.flow import OutputPlan
 from horizon_plugin_pytorch.quantization.qconfig import QConfig, Resolver, check_qconfig, default_qat_qconfig
 
 
+@torch.inference_mode(False)  # what is made must be usable in training, also if the caller is in inference mode
 def prepare_qat(
     model: nn.Module,
     mapping: dict[type[nn.Module], Callable[..., nn.Module]] | None = None,
@@ -43,9 +45,10 @@ def prepare_qat(
         hybrid: no effect: a module without an integer form always runs in float.
 
     Raises:
-        QuantizationError: no QuantStub in the model, or a qconfig of another package. The model is unchanged.
+        QuantizationError: no QuantStub in the model, a qconfig of another package, a convolution or linear layer that gets a float
+            tensor, or a module that works in place on a value that is read again later. The model is unchanged.
     """
-    from horizon_plugin_pytorch.quantization.named import output_plans
+    from horizon_plugin_pytorch.quantization.named import outputs_of
 
     if not any(dataflow.is_stub(m, "QuantStub") for m in model.modules()):
         raise QuantizationError(
@@ -63,20 +66,24 @@ def prepare_qat(
         model = copy.deepcopy(model)
     qconfigs: dict[str, QConfig | None] = {}
     _inherit(model, "", getattr(model, "qconfig", default_qat_qconfig), qconfigs)
-    plans, note = output_plans(model, qconfigs)
+    outputs = outputs_of(model, qconfigs)
     made: dict[int, nn.Module] = {}  # a module under several names has one form
     for path, qconfig in qconfigs.items():
         module = model.get_submodule(path)
         custom = (mapping or {}).get(type(module))
-        if qconfig is None:
+        if qconfig is None or path in outputs.left:
             continue
         if id(module) not in made:
-            plan = plans.get(path, OutputPlan())
+            plan = outputs.plans.get(path, OutputPlan())
             form = custom(module, qconfig) if custom is not None else forms.to_qat(module, qconfig, path, plan)
             made[id(module)] = made[id(form)] = form
         replace_module(model, path, made[id(module)])
-    model.quantization_notes = [note] if note else []  # type: ignore[assignment]
+    model.quantization_notes = [outputs.note] if outputs.note else []  # type: ignore[assignment]
+    model.float_reasons = outputs.left  # type: ignore[assignment]
     return model
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def _inherit(module: nn.Module, path: str, qconfig: QConfig | None, found: dict[str, QConfig | None]) -> None:
@@ -84,11 +91,12 @@ def _inherit(module: nn.Module, path: str, qconfig: QConfig | None, found: dict[
     for name, child in module._modules.items():
         if child is None or isinstance(child, QATGroup):
             continue
+        whole = type(child).__module__.startswith("torch.nn") and not isinstance(child, _CONTAINERS)
         child_path = f"{path}.{name}" if path else name
         own = child.__dict__.get("qconfig", qconfig)
         if forms.quantizable(child) or p.is_float_functional(child) or is_stub(child):
             found[child_path] = own
-        else:
+        elif not whole:  # e.g. MultiheadAttention uses its children's tensors, and runs in float as a whole
             _inherit(child, child_path, own, found)
 
 
@@ -101,6 +109,7 @@ def _check_float32(caller: str, model: nn.Module) -> None:
             )
 
 
+@torch.inference_mode(False)
 def prepare_qat_fx(
     model: nn.Module,
     qconfig_dict: dict[str, Any] | None = None,

@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from horizon_plugin_pytorch.fusion.tracing import is_stub
 from horizon_plugin_pytorch.nn.intrinsic import Handoff
-from horizon_plugin_pytorch.nn.qat.operation import Alone, DeQuantStub
+from horizon_plugin_pytorch.nn.qat.operation import Alone
+from horizon_plugin_pytorch.nn.quantized.functional import FloatOperator
 from horizon_plugin_pytorch.nn.quantized.group import QuantizedGroup
 from horizon_plugin_pytorch.nn.quantized.operation import Operation, QFunctional, Quantize
 from horizon_plugin_pytorch.quantization.dataflow import PASSING_MODULES, function_name
@@ -110,7 +112,8 @@ def report_of(model: nn.Module) -> QuantizationReport:
     fusion = getattr(model, "fusion_report", None)
     name = type(model).__name__ if fusion is None else fusion.model
     report = QuantizationReport(name, notes=list(getattr(model, "quantization_notes", [])))
-    for path, row, calls in _rows(model, ""):
+    reasons = {} if isinstance(model, fx.GraphModule) else model.__dict__.get("float_reasons", {})
+    for path, row, calls in _rows(model, "", reasons):
         report.rows.append(row)
         if calls is not None:
             report.calls[path] = calls
@@ -120,20 +123,20 @@ def report_of(model: nn.Module) -> QuantizationReport:
 Found = tuple[str, Row, "Counter[str] | None"]
 
 
-def _rows(module: nn.Module, path: str) -> Iterator[Found]:
+def _rows(module: nn.Module, path: str, reasons: dict[str, str]) -> Iterator[Found]:
     if isinstance(module, _FORMS):
         yield path, _quantized_row(path, module), module.float_calls
     elif isinstance(module, Alone):
-        yield from _rows(module.quant, f"{path}.quant")
-        yield from _rows(module.group, path)
+        yield from _rows(module.quant, f"{path}.quant", {})
+        yield from _rows(module.group, path, {})
     elif isinstance(module, fx.GraphModule):
         yield from _graph_rows(module, path)
     elif any(True for _ in module.children()):
         for name, child in module.named_children():
-            yield from _rows(child, f"{path}.{name}" if path else name)
+            yield from _rows(child, f"{path}.{name}" if path else name, reasons)
     elif path and _computes(module):
         reason = "its qconfig is None" if quantizable(module) else "it has no integer form"
-        yield path, Row(path, type(module).__name__, "float32", reason=reason), None
+        yield path, Row(path, _float_form(module), "float32", reason=reasons.get(path, reason)), None
 
 
 def _graph_rows(gm: fx.GraphModule, path: str) -> Iterator[Found]:
@@ -148,11 +151,11 @@ def _graph_rows(gm: fx.GraphModule, path: str) -> Iterator[Found]:
             module = gm.get_submodule(local)
             if any(isinstance(m, _FORMS) for m in module.modules()):
                 if local not in called:
-                    yield from _rows(module, name)
+                    yield from _rows(module, name, {})
                 called.add(local)
                 continue
         if node.name in reasons:
-            form = type(module).__name__ if node.op == "call_module" else function_name(node)
+            form = _float_form(module) if node.op == "call_module" else function_name(node)
             yield name, Row(name, form, "float32", reason=reasons[node.name]), None
 
 
@@ -165,8 +168,12 @@ def _quantized_row(path: str, module: Any) -> Row:
     return Row(path, module._get_name(), str(module.dtype8).removeprefix("torch."), text)
 
 
+def _float_form(module: nn.Module) -> str:
+    return module.operator.name if isinstance(module, FloatOperator) else type(module).__name__
+
+
 def _computes(module: nn.Module) -> bool:
     """A leaf that is not just a place or a pass-through."""
-    if isinstance(module, (*PASSING_MODULES, Handoff, DeQuantStub)) or type(module).forward is nn.Module.forward:
+    if isinstance(module, (*PASSING_MODULES, Handoff)) or is_stub(module) or type(module).forward is nn.Module.forward:
         return isinstance(module, nn.Upsample) and not module.mode.startswith("nearest")
     return True

@@ -22,7 +22,9 @@ def check_unfused_operations(model: nn.Module, example_inputs: Any, print_tabula
 
     report = analyze(model, example_inputs)
     unfused = [list(group.modules) for group in report.groups]
-    unfused += [[f"{miss.modules[0]}(shared)", *miss.modules[1:]] for miss in report.missed if miss.shared]
+    for miss in report.missed:
+        if miss.shared is not None:
+            unfused.append([f"{name}(shared)" if name == miss.shared else name for name in miss.modules])
     if print_tabulate:
         _print(model, unfused)
     return unfused

@@ -170,7 +170,7 @@ class FusedGroup(AddPlace, nn.Module):
         if self.norm_keys is None:  # built by hand: its keys are its own, and stay readable
             names = {n: f"bn.{n}" for n in self.norm.state_dict()}
             self.norm_keys = NormKeys(self.pattern.anchor, self.anchor, self.norm, names)
-            self.register_load_state_dict_pre_hook(self.norm_keys.load)
+            self._register_load_state_dict_pre_hook(self.norm_keys.load)
         self.norm_keys.absorb()
         del self._modules["bn"]
         self.keys_elsewhere = tuple(name for name in self.keys_elsewhere if name != "bn")

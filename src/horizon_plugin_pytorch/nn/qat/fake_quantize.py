@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from functools import partial
 from math import sqrt
@@ -20,7 +21,7 @@ from horizon_plugin_pytorch.nn.quantized.tensors import KeepsDtype
 
 TINY = torch.finfo(torch.float32).tiny
 LEAST_LEARNED = 2.0**-64
-"""What a learned scale counts as if training drives it to less."""
+"""What a learned scale is at least."""
 
 
 class FakeQuantState(Enum):
@@ -71,6 +72,11 @@ def autocast_dtype(device: str) -> torch.dtype:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return torch.float32
+
+
+def without_autocast(device: str) -> AbstractContextManager[None]:
+    """What lies between a convolution and the rounding is computed in float32."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def in_recomputation() -> bool:
@@ -128,12 +134,16 @@ class _HasScale(KeepsDtype):
     def snapshot(self) -> Tensor:
         """The scale as it is now; results computed with it stay what they are when training moves the scale."""
         scale = self.scale.detach().clone()
-        return scale.clamp_(min=LEAST_LEARNED) if self.learned else scale
+        return scale.abs_().clamp_(min=LEAST_LEARNED) if self.learned else scale
 
     def _trained(self, count: int, largest: int) -> Tensor:
-        """The learned scale, with LSQ's gradient factor ``1 / sqrt(count * largest)`` (section 2.2)."""
-        factor = 1 / sqrt(count / self.scale.numel() * largest)
-        return _ScaledGradient.apply(self.scale, factor)
+        """The learned scale, with LSQ's gradient factor ``1 / sqrt(count * largest)`` (section 2.2).
+
+        Args:
+            count: of the weights, or of the features of one sample, that share `scale`'s values.
+        """
+        factor = 1 / sqrt(max(count, 1) / self.scale.numel() * largest)
+        return _LearnedScale.apply(self.scale, factor)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # A scale may be empty in one model and filled in the other.
@@ -143,17 +153,19 @@ class _HasScale(KeepsDtype):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class _ScaledGradient(torch.autograd.Function):
-    """A learned scale, never below `LEAST_LEARNED`, whose gradient is multiplied by a factor."""
+class _LearnedScale(torch.autograd.Function):
+    """A parameter as a scale: its magnitude, so that a step past zero does no harm; the gradient is multiplied by a factor."""
 
     @staticmethod
-    def forward(ctx: Any, s: Tensor, factor: float) -> Tensor:
+    def forward(ctx: Any, parameter: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(parameter)
         ctx.factor = factor
-        return s.clamp(min=LEAST_LEARNED)
+        return parameter.abs().clamp_(min=LEAST_LEARNED)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        return grad * ctx.factor, None
+        (parameter,) = ctx.saved_tensors
+        return torch.where(parameter < 0, -ctx.factor, ctx.factor) * grad, None
 
 
 class FakeQuantize(_HasScale):
@@ -289,7 +301,7 @@ class FakeQuantize(_HasScale):
         """
         if self.learned:
             self._require_scale()
-            scale = self._trained(y.numel(), self.bounds[1])
+            scale = self._trained(y[:1].numel(), self.bounds[1])
         elif self.state is FakeQuantState.QAT and not (self.fixed or in_recomputation()):
             self.observe(y)
             scale = self._observed()

@@ -21,6 +21,7 @@ from horizon_plugin_pytorch.nn.qat.fake_quantize import (
     WeightFakeQuantize,
     in_floating_point,
     in_integers,
+    without_autocast,
 )
 from horizon_plugin_pytorch.nn.quantized.group import CLAMPS, Geometry, freeze, require_quantized, run_group
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor, dequantize
@@ -59,7 +60,8 @@ class QATGroup(FusedGroup):
         """Let the weight's scale start from the weight as it is, when the group is made and when calibration ends."""
         self.weight_quant.start(self.weight, *self._layout)
 
-    def forward(self, x: Tensor, *operands: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *operands: Any, **kwargs: Any) -> Tensor:
+        x = input
         if not self.state.quantizes:
             y = super().forward(dequantize(x), *map(dequantize, operands), **kwargs)
             if self.output_quant is not None and self.state is FakeQuantState.CALIBRATION:
@@ -85,7 +87,7 @@ class QATGroup(FusedGroup):
         shape = [1] * acc.dim()
         shape[self.geometry.channel_axis(acc)] = -1
         bias = None if self.bias is None else self.bias.view(shape)
-        with torch.autocast(acc.device.type, enabled=False):
+        with without_autocast(acc.device.type):
             y = Affine.apply(acc, (s_x * s_w / WEIGHT_UNIT).view(shape), bias)
             if self.norm is not None:
                 y = self.norm(y)
@@ -106,7 +108,7 @@ class QATGroup(FusedGroup):
         frozen = freeze(self.pattern.anchor, self.anchor, self.norm, s_w)
         constants = frozen.derive(self.geometry, x.scale, s_y, None if other is None else other.scale)
         dtype8 = torch.int8 if quant is None else quant.dtype8
-        y = run_group(self.pattern, self.geometry, constants, x, other, self.activation, s_y, dtype8, output_size)
+        y = run_group(self.pattern, self.geometry, constants, x, other, self.activation, s_y, dtype8, output_size, self.path)
         return y if quant is None or s_y is None else QTensor.make(y, s_y, quant.dtype8, quant.float_calls)
 
     def absorb_norm(self) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize, FakeQuantState, in_integers
+from horizon_plugin_pytorch.errors import QuantizationError
+from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize, FakeQuantState, in_integers, without_autocast
 from horizon_plugin_pytorch.nn.quantized import operators
 from horizon_plugin_pytorch.nn.quantized.group import require_quantized
 from horizon_plugin_pytorch.nn.quantized.operation import hold_parameters, run_operator
@@ -25,7 +26,7 @@ def apply_operator(module: Any, operator: Operator, xs: tuple[Any, ...], quant: 
         return y
     require_quantized(module, *xs)
     if module.training:
-        with torch.autocast(xs[0].device.type, enabled=False):
+        with without_autocast(xs[0].device.type):
             y = operator.float(*(x.dequantize() for x in xs))
         return quant.train_quantize(y)
     integers = in_integers(module, *xs)
@@ -109,6 +110,11 @@ class QuantStub(nn.Module):
         output_quant.path = path
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise QuantizationError(
+                f"{self.path!r} is to quantize a {type(x).__name__}: give prepare_qat_fx example_inputs, so that it knows which arguments "
+                "are tensors"
+            )
         return x if isinstance(x, QTensor) else self.output_quant(x)
 
 

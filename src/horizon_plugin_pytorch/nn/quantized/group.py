@@ -166,6 +166,12 @@ def run_group(
 ) -> Tensor:
     """The group's integers, or its float32 value where `scale` is None (a high-precision output); `path` is for errors."""
     acc = geometry.accumulate(x.payload, constants.weight, constants.bias, output_size)
+    vectors = x.scale.dim() > 0 or (scale is not None and scale.dim() > 0)
+    if vectors and acc.dim() != geometry.dims + 2:
+        raise QuantizationError(
+            f"{path!r} has scales per channel, which are for inputs with a batch dimension; this one has {acc.dim()} dimensions. Give "
+            "prepare_qat_fx example_inputs of the kind that the model will get"
+        )
     clamp = pattern.activation in CLAMPS
     y = reference.epilogue(
         acc,
@@ -225,8 +231,9 @@ class QuantizedGroup(MakesIntegers, AddPlace, nn.Module):
         own = GroupConstants(self.weight, self.weight_scale, self.bias)
         return self._derived.get((s_x, s_r, *own, self.scale), None, lambda: own.derive(self.geometry, s_x, self.scale, s_r))
 
-    def forward(self, x: QTensor, *operands: Any, output_size: Any = None) -> Tensor:
+    def forward(self, input: QTensor, *operands: Any, output_size: Any = None) -> Tensor:
         """int8 or uint8 `QTensor` in and out; float32 out where the output is high-precision."""
+        x = input
         other = operands[0] if self.pattern.add else None
         if not self.pattern.add and operands:
             output_size = operands[0]

@@ -334,6 +334,7 @@ _QUERIES: set[Any] = {
     *_everywhere("size dim numel stride is_contiguous element_size storage_offset nelement data_ptr get_device ndimension is_complex is_signed"),
     *_everywhere("is_conj is_neg is_inference is_same_size is_shared is_pinned is_set_to"),
     _T.__len__, _T.untyped_storage, _T.register_hook, _T.retain_grad, _T.__hash__, _T.as_subclass, _T.requires_grad_, _T.backward,
+    torch.autograd.backward,  # reentrant checkpointing
 }  # fmt: skip
 MOVES = (
     "view reshape flatten unflatten permute transpose swapaxes swapdims movedim moveaxis squeeze unsqueeze expand expand_as view_as "

@@ -87,7 +87,6 @@ class Observer(KeepsDtype):
         self._check_shape(x)
         # What is kept must be usable in training even if calibration ran in inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            x = x.detach()
             low, high = extremes(x, self.axis)
             if shared:
                 # NaN has no defined maximum across ranks, infinity has; the sign turns a minimum into a maximum.

@@ -134,7 +134,7 @@ def window_edges(top: Tensor, bins: int) -> Tensor:
     codes = _first_code(top, bins).unsqueeze(-1) + torch.arange(bins + 1, dtype=torch.int32, device=top.device)
     infinity = 255 * (bins // OCTAVES)
     numbers = (codes.clamp(0, infinity) << _dropped_bits(bins)).view(torch.float32).double().clamp(max=_FINITE_LIMIT)
-    numbers[..., 0] = 0
+    numbers[..., :1].zero_()
     return numbers
 
 
