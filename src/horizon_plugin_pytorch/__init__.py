@@ -1,6 +1,6 @@
 """Operator fusion and int8 quantization of PyTorch vision networks.
 
-    import horizon_plugin_pytorch as horizon
+import horizon_plugin_pytorch as horizon
 """
 
 from horizon_plugin_pytorch._lazy import lazy_names

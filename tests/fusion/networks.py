@@ -32,7 +32,11 @@ def torch_float_functional() -> nn.Module:
 FUNCTIONALS: dict[str, Callable[[], nn.Module]] = {"ours": FloatFunctional, "torch.ao": torch_float_functional}
 
 
-TAILS = [(add, activation) for add in ("none", "first", "second") for activation in ("none", "ReLU", "ReLU6", "Hardtanh(0, 6)")]
+TAILS = [
+    (add, activation)
+    for add in ("none", "first", "second")
+    for activation in ("none", "ReLU", "ReLU6", "Hardtanh(0, 6)")
+]
 """add × activation, which follow each cell of anchor × norm."""
 
 PHASES = [phase for phase in Phase if phase is not Phase.explain]

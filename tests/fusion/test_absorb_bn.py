@@ -8,14 +8,30 @@ from typing import Any
 
 import pytest
 import torch
-from fusion.networks import ANCHORS, PHASES, anchors, assert_unchanged, differing, make_norm, norm_options, randomize, run_both, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import horizon_plugin_pytorch as horizon
+from fusion.networks import (
+    ANCHORS,
+    PHASES,
+    anchors,
+    assert_unchanged,
+    differing,
+    make_norm,
+    norm_options,
+    randomize,
+    run_both,
+    snapshot,
+)
 from horizon_plugin_pytorch.errors import FusionError
-from horizon_plugin_pytorch.fusion.absorb_bn import absorb_into, bn_factor_and_shift, norm_tensors, scale_output_channels
+from horizon_plugin_pytorch.fusion.absorb_bn import (
+    absorb_into,
+    bn_factor_and_shift,
+    norm_tensors,
+    scale_output_channels,
+)
 from horizon_plugin_pytorch.fusion.patterns import anchor_of
 from horizon_plugin_pytorch.quantization import absorb_bn, fuse_fx, fuse_modules, fuse_modules_qat
 
@@ -32,7 +48,9 @@ def weight_of_channel(anchor: nn.Module, weight: Tensor, channel: int) -> Tensor
 def ulps(actual: Tensor, exact: float) -> float:
     """How far a value is from an exact one, in units in the last place of its dtype."""
     info = torch.finfo(actual.dtype)
-    spacing = max(2.0 ** (math.floor(math.log2(abs(exact)) if exact else -1000)) * info.eps, info.smallest_normal * info.eps)
+    spacing = max(
+        2.0 ** (math.floor(math.log2(abs(exact)) if exact else -1000)) * info.eps, info.smallest_normal * info.eps
+    )
     return abs(float(actual) - exact) / spacing
 
 
@@ -98,7 +116,11 @@ class Net(nn.Module):
         super().__init__()
         self.a, self.bn_a = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
         self.b, self.bn_b, self.relu = nn.ConvTranspose2d(3, 3, 1, groups=3), nn.SyncBatchNorm(3), nn.ReLU()
-        self.c, self.bn_c, self.ff = nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3), horizon.nn.quantized.FloatFunctional()
+        self.c, self.bn_c, self.ff = (
+            nn.Conv2d(3, 3, 1, bias=False),
+            nn.BatchNorm2d(3),
+            horizon.nn.quantized.FloatFunctional(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn_b(self.b(self.bn_a(self.a(x)))))
@@ -129,7 +151,9 @@ def test_absorbed_later_is_absorbed_at_once() -> None:
     model = randomize(Net())
     later, at_once = absorb_bn(fuse_modules_qat(model, GROUPS)), fuse_modules(model, GROUPS)
     assert later.state_dict().keys() == at_once.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(later.state_dict().values(), at_once.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(later.state_dict().values(), at_once.state_dict().values(), strict=True)
+    )
 
 
 def test_a_group_that_is_the_model_itself() -> None:
@@ -170,7 +194,9 @@ def test_statistics_that_became_non_finite_in_training() -> None:
     fused = fuse_modules_qat(randomize(Net()), GROUPS)
     fused.ff.bn.running_var[0] = float("inf")
     before = snapshot(fused)
-    with pytest.raises(FusionError, match="absorb_bn: the batch norm of 'ff': its running_var holds a non-finite value"):
+    with pytest.raises(
+        FusionError, match="absorb_bn: the batch norm of 'ff': its running_var holds a non-finite value"
+    ):
         absorb_bn(fused)
     assert_unchanged(fused, before)
 
@@ -188,6 +214,8 @@ def test_half_precision_is_folded_in_float64_and_rounded_once(dtype: torch.dtype
     model = randomize(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))).to(dtype).eval()
     exact = fuse_modules(copy.deepcopy(model).double(), ["0", "1"])
     fused = fuse_modules(model, ["0", "1"])
-    assert torch.equal(fused[0].weight, exact[0].weight.to(dtype)) and torch.equal(fused[0].bias, exact[0].bias.to(dtype))
+    assert torch.equal(fused[0].weight, exact[0].weight.to(dtype)) and torch.equal(
+        fused[0].bias, exact[0].bias.to(dtype)
+    )
     by_graph = fuse_fx(model)
     assert torch.equal(by_graph.get_submodule("0").weight, fused[0].weight)

@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+import horizon_plugin_pytorch as horizon
 from fusion.networks import (
     ACTIVATION_FORMS,
     ADD_FORMS,
@@ -37,15 +42,11 @@ from fusion.networks import (
     snapshot,
     states_differ,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, fx, nn
-
-import horizon_plugin_pytorch as horizon
 from horizon_plugin_pytorch.errors import FusionError
 from horizon_plugin_pytorch.fusion import analyze
 from horizon_plugin_pytorch.nn.quantized import FloatFunctional
 from horizon_plugin_pytorch.quantization import fuse_fx
+
 
 def calls_of(model: nn.Module) -> list[str]:
     """What the forward of a graph module does, without its inputs and output."""
@@ -60,6 +61,7 @@ def only_group(fused: nn.Module) -> nn.Module:
 
 
 # -- the grid ---------------------------------------------------------------------------------------------------------------
+
 
 def assert_fused(model: nn.Module, x: Tensor, other: Tensor, name: str, is_qat: bool, scale: float) -> None:
     before = snapshot(model)
@@ -163,15 +165,25 @@ def test_every_way_to_write_an_add(add: str, order: str) -> None:
 def test_every_way_to_write_an_activation(activation: str, add: str) -> None:
     label, function = ACTIVATION_FORMS[activation]
     form: Any = FUNCTIONALS[add]() if add in FUNCTIONALS else ADD_FORMS.get(add)
-    model = randomize(Written(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), form, "first", copy.deepcopy(function))).double().eval()
+    model = (
+        randomize(Written(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), form, "first", copy.deepcopy(function)))
+        .double()
+        .eval()
+    )
     x, other = torch.randn(2, 3, 4, 4).double(), 4 * torch.randn(2, 4, 4, 4).double()
     assert_fused(model, x, other, pattern_name("Conv2d", True, add != "none", label), False, 10.0)
 
 
 @pytest.mark.parametrize("functional", FUNCTIONALS)
 def test_add_relu_counts_as_both(functional: str) -> None:
-    block = randomize(Block(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), "second", "none", functional, "add_relu")).double().eval()
-    assert_fused(block, torch.randn(2, 3, 4, 4).double(), torch.randn(2, 4, 4, 4).double(), "ConvBNAddReLU2d", False, 10.0)
+    block = (
+        randomize(Block(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), "second", "none", functional, "add_relu"))
+        .double()
+        .eval()
+    )
+    assert_fused(
+        block, torch.randn(2, 3, 4, 4).double(), torch.randn(2, 4, 4, 4).double(), "ConvBNAddReLU2d", False, 10.0
+    )
 
 
 NOT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -370,7 +382,10 @@ def test_generated_names_skip_those_that_are_taken() -> None:
     model = Meeting(False)
     model._generated_add_0 = nn.Identity()
     fused = fuse_fx(model)
-    assert type(fused._generated_add_1) is horizon.nn.intrinsic.ConvAddReLU2d and type(fused._generated_add_0) is nn.Identity
+    assert (
+        type(fused._generated_add_1) is horizon.nn.intrinsic.ConvAddReLU2d
+        and type(fused._generated_add_0) is nn.Identity
+    )
 
 
 def test_a_float_functional_of_several_adds_is_not_replaced() -> None:

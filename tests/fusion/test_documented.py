@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from fusion.networks import TOLERANCE, differing, randomize, residual_for
 from torch import nn
 
 import horizon_plugin_pytorch as horizon
+from fusion.networks import TOLERANCE, differing, randomize, residual_for
 from horizon_plugin_pytorch.fusion.patterns import DOCUMENTED, grid
 
 PATTERNS = """

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fusion.networks import assert_unchanged, differing, gradients, randomize, run_both, snapshot, states_differ
 from torch import Tensor, nn
 
 import horizon_plugin_pytorch as horizon
+from fusion.networks import assert_unchanged, differing, gradients, randomize, run_both, snapshot, states_differ
 from horizon_plugin_pytorch.errors import FusionError
 from horizon_plugin_pytorch.fusion import analyze
 from horizon_plugin_pytorch.quantization import fuse_fx
@@ -324,7 +324,11 @@ class Counting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.gamma, self.beta = nn.Conv2d(4, 4, 1), nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+        self.conv, self.gamma, self.beta = (
+            nn.Conv2d(4, 4, 1),
+            nn.Parameter(torch.randn(4)),
+            nn.Parameter(torch.randn(4)),
+        )
         self.register_buffer("mean", torch.randn(4))
         self.register_buffer("var", torch.rand(4) + 0.5)
         self.register_buffer("num_batches_tracked", torch.tensor(5))

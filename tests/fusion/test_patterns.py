@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from fusion.networks import randomize, run_both
 from torch import Tensor, nn
 
 import horizon_plugin_pytorch as horizon
+from fusion.networks import randomize, run_both
 from horizon_plugin_pytorch.fusion import DOCUMENTED, grid, register_activation, register_anchor
 from horizon_plugin_pytorch.fusion import patterns as p
 from horizon_plugin_pytorch.quantization import fuse_fx, fuse_modules, fuse_modules_qat
@@ -77,7 +77,9 @@ def test_one_row_makes_an_activation_everywhere() -> None:
 def test_options_of_a_registered_activation_stay() -> None:
     register_activation(nn.LeakyReLU, "LeakyReLU")
     shared = nn.LeakyReLU(0.37)
-    model = randomize(nn.Sequential(nn.Conv2d(3, 3, 1), shared, nn.Conv2d(3, 3, 1), shared, nn.BatchNorm2d(3), shared)).eval()
+    model = randomize(
+        nn.Sequential(nn.Conv2d(3, 3, 1), shared, nn.Conv2d(3, 3, 1), shared, nn.BatchNorm2d(3), shared)
+    ).eval()
     fused = fuse_fx(model)
     assert fused.fusion_report.count() == {"ConvLeakyReLU2d": 2}
     assert [m.negative_slope for m in fused.modules() if isinstance(m, nn.LeakyReLU)] == [0.37] * 3

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fusion.networks import assert_unchanged, differing, randomize, snapshot
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from fusion.networks import assert_unchanged, differing, randomize, snapshot
 from horizon_plugin_pytorch.fusion import FusionReport, analyze
 from horizon_plugin_pytorch.quantization import DeQuantStub, QuantStub, fuse_fx
 
@@ -24,7 +24,12 @@ class Net(nn.Module):
         self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
         self.conv2, self.bn2, self.inplace = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
         self.narrow, self.spatial = nn.Conv2d(4, 1, 1), nn.AdaptiveAvgPool2d(1)
-        self.quant, self.dequant, self.flat, self.silu = QuantStub(), DeQuantStub(), nn.Flatten(2), nn.SiLU(inplace=True)
+        self.quant, self.dequant, self.flat, self.silu = (
+            QuantStub(),
+            DeQuantStub(),
+            nn.Flatten(2),
+            nn.SiLU(inplace=True),
+        )
         self.twice, self.swish, self.same, self.pair = Twice(), Swish(), Same(), Pair()
         self.unflat, self.nested = nn.Unflatten(2, (6, 6)), nn.Sequential(nn.ReLU(inplace=True))
         self.odd, self.identity = Odd(), nn.Identity()
@@ -63,7 +68,9 @@ class Odd(nn.Module):
         return x.mul_(2) if x.sum() > -1e9 else x
 
 
-def fused_equals(model: nn.Module, *, training: bool = False, example_inputs: Any = None, is_qat: bool = False) -> FusionReport:
+def fused_equals(
+    model: nn.Module, *, training: bool = False, example_inputs: Any = None, is_qat: bool = False
+) -> FusionReport:
     """Fuse, compare with the unfused model (which must stay as it was), and return the report."""
     randomize(model).train(training)
     before = snapshot(model)
@@ -473,7 +480,9 @@ def test_hooks_inside_are_refused_and_those_at_the_ends_stay(place: str, hook: s
     stages = ["conv", "bn", *(["add"] if add else []), "relu"]
     if hook == "forward":  # ends a group at this place
         fused = stages[: stages.index(place) + 1]
-    elif hook == "forward pre" and not (place == "conv" and add):  # begins one; before an add the anchor's place is called no more
+    elif hook == "forward pre" and not (
+        place == "conv" and add
+    ):  # begins one; before an add the anchor's place is called no more
         fused = stages if place == "conv" else stages[: stages.index(place)]
     elif place == "conv":
         fused = stages[:2] if hook == "forward pre" else []

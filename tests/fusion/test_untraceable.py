@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fusion.networks import assert_unchanged, differing, randomize, snapshot, states_differ
 from torch import Tensor, fx, nn
 
+from fusion.networks import assert_unchanged, differing, randomize, snapshot, states_differ
 from horizon_plugin_pytorch.errors import FusionError
 from horizon_plugin_pytorch.fusion import FusionReport, analyze
 from horizon_plugin_pytorch.quantization import fuse_fx
@@ -44,7 +44,9 @@ def stops_tracing(x: Tensor) -> None:
         raise AssertionError
 
 
-def fused_equals(model: nn.Module, *inputs: Any, training: bool = False, **kwargs: Any) -> tuple[nn.Module, FusionReport]:
+def fused_equals(
+    model: nn.Module, *inputs: Any, training: bool = False, **kwargs: Any
+) -> tuple[nn.Module, FusionReport]:
     randomize(model).train(training)
     inputs = inputs or (torch.randn(2, 4, 6, 6),)
     before, reference = snapshot(model), copy.deepcopy(model)
@@ -77,7 +79,9 @@ def test_control_flow_in_the_root() -> None:
 
 
 def test_control_flow_in_a_child() -> None:
-    fused, report = fused_equals(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), Branching(), nn.Conv2d(4, 4, 1), nn.ReLU()))
+    fused, report = fused_equals(
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), Branching(), nn.Conv2d(4, 4, 1), nn.ReLU())
+    )
     assert isinstance(fused, fx.GraphModule)
     assert report.count() == {"ConvBNAddReLU2d": 2, "ConvBN2d": 1, "ConvReLU2d": 1}
     assert [(u.module, u.type) for u in report.untraced] == [("2", "Branching")]
@@ -459,7 +463,9 @@ GROUPS: dict[type[nn.Module], int | None] = {
 }
 """How many groups are found, of those in modules that are called at all; where it is not said, what counts is that it is right."""
 
-PARENTS = [cls for cls in vars().copy().values() if isinstance(cls, type) and issubclass(cls, Parent) and cls is not Parent]
+PARENTS = [
+    cls for cls in vars().copy().values() if isinstance(cls, type) and issubclass(cls, Parent) and cls is not Parent
+]
 
 
 @pytest.mark.parametrize("cls", PARENTS, ids=lambda cls: cls.__name__)
@@ -487,7 +493,9 @@ class Shares(nn.Module):
 def test_a_module_shared_by_two_parts_is_left_alone() -> None:
     _, report = fused_equals(Shares())
     assert report.groups == []
-    assert {m.modules[0] for m in report.missed} >= {"a.conv", "b.conv"} and all(m.shared for m in report.missed if m.kind == "norm")
+    assert {m.modules[0] for m in report.missed} >= {"a.conv", "b.conv"} and all(
+        m.shared for m in report.missed if m.kind == "norm"
+    )
     assert any("'a.conv' is the same module as 'b.conv'" in m.reason for m in report.missed)
 
 
@@ -692,7 +700,9 @@ class Auxiliary(nn.Module):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("cls", [FunctionalDropout, Auxiliary])
-def test_a_forward_that_depends_on_the_mode_is_right_in_both_or_refuses_the_other(cls: type[nn.Module], training: bool) -> None:
+def test_a_forward_that_depends_on_the_mode_is_right_in_both_or_refuses_the_other(
+    cls: type[nn.Module], training: bool
+) -> None:
     model = randomize(cls()).train(training)
     fused = fuse_fx(model, is_qat=True)
     x = torch.randn(2, 4, 5, 5)

@@ -16,17 +16,14 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from horizon_plugin_pytorch.nn.qat import QATGroup
 from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize, WeightFakeQuantize
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
-from horizon_plugin_pytorch.qat_mode import QATMode
 from horizon_plugin_pytorch.quantization import (
     DeQuantStub,
     FakeQuantState,
     QuantStub,
     calibrate,
-    convert,
     convert_fx,
     fuse_modules_qat,
     prepare_qat,
-    prepare_qat_fx,
     set_fake_quantize,
 )
 from nn.qat_networks import (
@@ -38,7 +35,6 @@ from nn.qat_networks import (
     gradients,
     loss_of,
     prepare,
-    qat_mode,
     step,
 )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from horizon_plugin_pytorch.fusion.patterns import ACTIVATIONS, ANCHORS, RELU, RELU6, Activation, Anchor, Pattern
+from horizon_plugin_pytorch.fusion.patterns import ANCHORS, RELU, RELU6, Activation, Anchor, Pattern
 from horizon_plugin_pytorch.nn.qat import QATGroup, qat_group_class
 from horizon_plugin_pytorch.nn.qat.autograd import RoundActivation
 from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize, FakeQuantState, WeightFakeQuantize

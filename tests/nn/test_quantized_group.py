@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from fusion import networks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nn import numerics
-from quantization.roads import by_name, call, differing
 from torch import Tensor, nn
 
+from fusion import networks
 from horizon_plugin_pytorch import qat_mode
 from horizon_plugin_pytorch.nn.qat.group import QATGroup
 from horizon_plugin_pytorch.nn.quantized import FloatFunctional
@@ -28,6 +25,8 @@ from horizon_plugin_pytorch.quantization import (
     get_default_qconfig,
     prepare_qat_fx,
 )
+from nn import numerics
+from quantization.roads import by_name, call, differing
 
 ACTIVATIONS: dict[str, tuple[str | None, Callable[[], nn.Module] | None]] = {
     "none": (None, None),

@@ -24,7 +24,7 @@ class Program(nn.Module):
 
 
 PROGRAMS: dict[str, tuple[type[Program], Any, dict[str, Any]]] = {}
-"""By name: the class, an item of data, and what to expect: `float` (names that must run in float), `integer` (their number)."""
+"""By name: the class, an item of data, and what to expect: `float`, names that run in float; if there are none, nothing does."""
 
 
 def program(item: Any = None, **expect: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -252,12 +252,6 @@ def stack(self: Any, x: Tensor) -> Tensor:
 def fresh_tensors(self: Any, x: Tensor) -> Tensor:
     x = self.a(x)
     return self.d(torch.cat([x, x.new_zeros(2, 4, 8, 8)], 1))
-
-
-@program(_x(2, 8, 8), integer=3)
-def channels_of_a_linear_layer(self: Any, x: Tensor) -> Tensor:
-    x = F.linear(x, torch.eye(8)) * 1.0
-    return self.fc.weight.new_zeros(1) + self.c(self.a(x.unsqueeze(1).expand(2, 4, 8, 8)))
 
 
 # -- structure ------------------------------------------------------------------------------------------------------------------

@@ -238,7 +238,6 @@ def test_bias_correction_takes_the_mean_error_away() -> None:
         after = (q(x) - exact).mean(0)
     assert float(after.abs().max()) < 0.02 * float(before.abs().max())
     assert all(torch.equal(g.weight, weights[n]) for n, g in groups(q).items())
-    assert groups(q)["_generated_add_0"].bias is None or True
 
 
 @pytest.mark.parametrize("activation", CLASSES)
@@ -336,7 +335,7 @@ def test_only_as_much_data_as_needed_is_taken() -> None:
         raise AssertionError("read on")
 
     assert [t.shape[0] for t in lockstep.take(stream())] == [16, 16]
-    assert len(lockstep.take([images(100), images(100)])) == 1
+    assert [t.shape[0] for t in lockstep.take([images(100), images(100)])] == [100]
 
 
 def test_keyword_arguments_and_several_inputs() -> None:
@@ -357,7 +356,11 @@ def test_keyword_arguments_and_several_inputs() -> None:
 
 # -- errors --------------------------------------------------------------------------------------------------------------
 
-METHODS: dict[str, Callable[..., object]] = {"equalize": equalize, "correct_bias": correct_bias, "reconstruct": reconstruct}
+METHODS: dict[str, Callable[..., object]] = {
+    "equalize": equalize,
+    "correct_bias": correct_bias,
+    "reconstruct": reconstruct,
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -415,7 +418,7 @@ def test_reestimated_statistics_are_the_data_s() -> None:
 def test_reestimation_works_in_a_qat_model_that_kept_its_norms() -> None:
     from horizon_plugin_pytorch.qat_mode import QATMode, get_qat_mode, set_qat_mode
 
-    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()), images(8)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)), images(8)
     before = get_qat_mode()
     set_qat_mode(QATMode.WithBN)
     try:
@@ -423,7 +426,7 @@ def test_reestimation_works_in_a_qat_model_that_kept_its_norms() -> None:
     finally:
         set_qat_mode(before)
     calibrate(q, [x], progress=False)
-    [group] = groups(q).values()
+    group = next(g for g in groups(q).values() if g.norm is not None)
     scale = group.output_quant.scale.clone()
     reestimate_bn(q, [x], progress=False)
     values = model[0](x).detach()

@@ -46,7 +46,9 @@ def test_the_documented_order_of_arguments() -> None:
     assert not hasattr(QuantStub(), "qconfig")  # inherited from the module around it
 
 
-@pytest.mark.parametrize("stubs", [(QuantStub, DeQuantStub), (torch.ao.quantization.QuantStub, torch.ao.quantization.DeQuantStub)])
+@pytest.mark.parametrize(
+    "stubs", [(QuantStub, DeQuantStub), (torch.ao.quantization.QuantStub, torch.ao.quantization.DeQuantStub)]
+)
 def test_fusing_by_graph_keeps_them_as_calls(stubs: tuple[type[nn.Module], type[nn.Module]]) -> None:
     quant, dequant = stubs
     model = nn.Sequential(quant(), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), dequant()).eval()

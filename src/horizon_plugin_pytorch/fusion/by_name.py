@@ -18,7 +18,6 @@ from horizon_plugin_pytorch.errors import FusionError
 from horizon_plugin_pytorch.fusion import patterns as p
 from horizon_plugin_pytorch.fusion.absorb_bn import absorbed_values_reason
 from horizon_plugin_pytorch.fusion.tracing import FusionTracer, attributes_kept
-from horizon_plugin_pytorch.nn.checkpoint import GuestKeys
 from horizon_plugin_pytorch.nn.intrinsic.assemble import Parts, assemble, chain, replace_module
 from horizon_plugin_pytorch.nn.intrinsic.group import FusedGroup, Identity, move_hooks
 from horizon_plugin_pytorch.nn.intrinsic.handoff import Handoff, refuse_escaped
@@ -257,5 +256,3 @@ _EXPECTED = (
     "a Conv, ConvTranspose or Linear, then optionally a BatchNorm of its dimension, a FloatFunctional and a ReLU or ReLU6, "
     "in this order and at least two of them"
 )
-
-__all__ = ["GuestKeys", "fuse_known_modules", "fuse_modules", "fuse_modules_qat"]

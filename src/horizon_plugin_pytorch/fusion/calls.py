@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 Path = tuple[str, ...]
 ANY = "*"
@@ -91,7 +91,9 @@ def own_call(module: nn.Module) -> str | None:
     """Why calling `module` is something else than the forward of its class."""
     if "forward" in module.__dict__:
         return "its forward is replaced on the module itself"
-    if type(module).__call__ is not nn.Module.__call__:
+    call = type(module).__call__
+    # A GraphModule's is PyTorch's own wrapper, which only makes errors readable.
+    if call is not nn.Module.__call__ and call.__module__ != fx.GraphModule.__module__:
         return f"{type(module).__name__} has a __call__ of its own"
     return None
 

@@ -83,9 +83,7 @@ class Matcher:
         places: every path of every module in the user's model, by identity; by default the traced module is all of it.
     """
 
-    def __init__(
-        self, traced: Traced, prefix: str, keep_bn: bool, places: dict[int, list[str]] | None = None
-    ) -> None:
+    def __init__(self, traced: Traced, prefix: str, keep_bn: bool, places: dict[int, list[str]] | None = None) -> None:
         self.root, self.graph, self.prefix, self.keep_bn = traced.root, traced.graph, prefix, keep_bn
         self.of_this_mode, self.constants = traced.of_this_mode, traced.constants
         self.nodes = list(self.graph.nodes)
@@ -336,7 +334,11 @@ class Matcher:
         values = {n: getattr(owner, attr) for n, (_, _, attr) in places.items()}
         path = places["running_mean"][0]
         stack: Any = node.meta.get("nn_module_stack")
-        own = isinstance(owner, nn.modules.batchnorm._BatchNorm) and bool(stack) and stack[next(reversed(stack))][0] == path
+        own = (
+            isinstance(owner, nn.modules.batchnorm._BatchNorm)
+            and bool(stack)
+            and stack[next(reversed(stack))][0] == path
+        )
         momentum = owner.momentum if own else call["momentum"]  # in eval mode a module may pass something else
         norm: Any = row.norm(values["running_mean"].numel(), eps=call["eps"], momentum=momentum, affine=False)
         for n, value in values.items():

@@ -6,7 +6,6 @@ does one that cannot be traced: the road around it is still traced, and its own 
 
 from __future__ import annotations
 
-import ast
 import copy
 import inspect
 import os
@@ -15,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch

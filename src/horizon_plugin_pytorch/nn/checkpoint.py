@@ -30,9 +30,19 @@ class GuestKeys:
     """
 
     def __init__(self, guest: nn.Module, names: dict[str, str] | None = None) -> None:
-        self.guest: nn.Module | None = guest
+        self._guest: nn.Module | None = guest
+        self._place: tuple[nn.Module, str] | None = None
         self.names = names or {}
         self._keep_vars = False
+
+    @property
+    def guest(self) -> nn.Module | None:
+        return self._guest if self._place is None else self._place[0]._modules.get(self._place[1])
+
+    def follow(self, group: nn.Module, child: str) -> GuestKeys:
+        """From now on the guest is whatever stands at `child` (``convert_sync_batchnorm`` and others replace modules)."""
+        self._place = group, child
+        return self
 
     def attach(self, owner: nn.Module) -> None:
         owner.register_state_dict_pre_hook(self.begin_save)
@@ -92,7 +102,7 @@ class NormKeys(GuestKeys):
         """Absorb the norm into the anchor; from now on its keys are read only to absorb them again."""
         assert self.guest is not None
         absorb_into(self.row, self.anchor, norm_tensors(self.guest), self.eps)
-        self.guest = None
+        self._guest = self._place = None
         self.anchor.register_load_state_dict_pre_hook(self.anchor_arrives)
 
     def _enter(self, missing: list[str]) -> None:

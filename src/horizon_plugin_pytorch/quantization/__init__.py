@@ -12,7 +12,12 @@ __getattr__, __dir__, __all__ = lazy_names(
         "horizon_plugin_pytorch.fusion.by_graph": ["fuse_fx"],
         "horizon_plugin_pytorch.nn.intrinsic.assemble": ["absorb_bn"],
         "horizon_plugin_pytorch.nn.quantized.qtensor": ["QTensor"],
-        "horizon_plugin_pytorch.nn.qat.fake_quantize": ["FakeQuantState", "FakeQuantize", "WeightFakeQuantize", "set_fake_quantize"],
+        "horizon_plugin_pytorch.nn.qat.fake_quantize": [
+            "FakeQuantState",
+            "FakeQuantize",
+            "WeightFakeQuantize",
+            "set_fake_quantize",
+        ],
         f"{_HERE}.calibration": ["calibrate"],
         f"{_HERE}.conversion": ["convert", "convert_fx"],
         f"{_HERE}.prepare": ["prepare_qat", "prepare_qat_fx"],

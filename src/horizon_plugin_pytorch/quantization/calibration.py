@@ -37,13 +37,14 @@ def batches(model: nn.Module, data: Iterable[Any], device: Any, progress: bool, 
     Raises:
         QuantizationError: there is no item, an item does not fit the model's forward, or a tensor holds NaN.
     """
+    from rich.console import Console
     from rich.progress import track
 
     if isinstance(data, Tensor):
         raise QuantizationError(f"{title}: data is one tensor; give an iterable of inputs, e.g. [x] or a DataLoader")
     total = len(data) if hasattr(data, "__len__") else None
     count = 0
-    for item in track(data, title, total=total, disable=not progress, transient=True):
+    for item in track(data, title, total, console=Console(stderr=True), disable=not progress, transient=True):
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), arguments(model, item))
         _check_fit(model, args, kwargs, f"{title}: item {count} of the data")
         for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
@@ -89,7 +90,9 @@ def calibrate(model: nn.Module, data: Iterable[Any], *, device: Any = None, prog
     """
     quantizers = [m for m in model.modules() if isinstance(m, FakeQuantize)]
     if not quantizers:
-        raise QuantizationError("calibrate: the model has no fake quantization: call prepare_qat or prepare_qat_fx first")
+        raise QuantizationError(
+            "calibrate: the model has no fake quantization: call prepare_qat or prepare_qat_fx first"
+        )
     if device is not None:
         model.to(device)
     before = [(q, q.observer, q.scale, q.dtype8) for q in quantizers]

@@ -125,7 +125,9 @@ def convert_fx(
 
 
 def _is_qat(module: nn.Module, mapping: dict[type[nn.Module], Any] | None) -> bool:
-    return isinstance(module, (QATGroup, Operation, FloatFunctional, QuantStub, Alone)) or type(module) in (mapping or {})
+    return isinstance(module, (QATGroup, Operation, FloatFunctional, QuantStub, Alone)) or type(module) in (
+        mapping or {}
+    )
 
 
 def _quantizer(module: nn.Module) -> FakeQuantize | None:
@@ -158,6 +160,8 @@ def _freeze(name: str, group: QATGroup) -> GroupConstants:
         constants = freeze(group.pattern.anchor, group.anchor, group.norm, scales)
     except ValueError as error:
         raise QuantizationError(f"convert: {name!r}: {error}") from None
+    if constants.bias is not None and not bool(constants.bias.isfinite().all()):
+        raise QuantizationError(f"convert: {name!r}: its bias is not finite")
     # Inputs are uint8 or int8 as their producer decides, the bias is at most 2^30.
     bound = reference.accumulator_bound(constants.weight, None, torch.uint8, axis, groups) + BIAS
     if bound > ACCUMULATOR:

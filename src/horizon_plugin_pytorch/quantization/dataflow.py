@@ -30,9 +30,13 @@ CHANNEL_KEEPING: tuple[type[nn.Module], ...] = (nn.Identity, *DROPOUTS)
 """Passing modules through which one scale per channel survives."""
 
 _JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack}
-PASSING_FUNCTIONS: frozenset[Any] = (
-    frozenset(qtensor.RULES) - _JOINS | {python_operator.getitem, python_operator.pos, F.max_pool1d, F.max_pool2d, F.max_pool3d}
-)
+PASSING_FUNCTIONS: frozenset[Any] = frozenset(qtensor.RULES) - _JOINS | {
+    python_operator.getitem,
+    python_operator.pos,
+    F.max_pool1d,
+    F.max_pool2d,
+    F.max_pool3d,
+}
 PASSING_METHODS = frozenset([*qtensor.MOVES.split(), *qtensor.KEEPS.split(), "relu", "relu_", "cpu", "cuda"])
 PASSING_ATTRIBUTES = ("T", "mT", "H", "mH", "data", "real")
 

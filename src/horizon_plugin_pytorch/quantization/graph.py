@@ -46,7 +46,9 @@ def graph_parts(model: nn.Module, path: str = "") -> Iterator[tuple[str, fx.Grap
     """The traced parts of a fused model, by path: graphs that run, and within them only what they call."""
     if isinstance(model, fx.GraphModule):
         yield path, model
-        children = {str(n.target): model.get_submodule(str(n.target)) for n in model.graph.nodes if n.op == "call_module"}
+        children = {
+            str(n.target): model.get_submodule(str(n.target)) for n in model.graph.nodes if n.op == "call_module"
+        }
     else:
         children = dict(model.named_children())
     for name, child in children.items():
@@ -60,7 +62,7 @@ def _called_by_untraced(model: nn.Module, report: FusionReport) -> Iterator[tupl
         yield "", model
     for entry in report.untraced:
         outside = model.get_submodule(entry.module)
-        if isinstance(outside, fx.GraphModule) or calls.own_call(outside):
+        if isinstance(outside, fx.GraphModule):
             continue
         for name, part, _ in calls.parts_of(outside, _uses_of(model, entry.module)):
             if p.anchor_of(part) is not None or tracing.is_stub(part):
@@ -103,7 +105,9 @@ def prepare_graph(gm: fx.GraphModule, path: str, resolver: Resolver, parts: dict
     stubs = [n for n in graph.nodes if n.op == "call_module" and is_stub(modules[str(n.target)], "QuantStub")]
     for stub in stubs:
         if stub in held:
-            raise QuantizationError(f"prepare_qat_fx: the output of {str(stub.target)!r}: {held[stub]}; write it without working in place")
+            raise QuantizationError(
+                f"prepare_qat_fx: the output of {str(stub.target)!r}: {held[stub]}; write it without working in place"
+            )
     flow = flow_of(graph, modules, candidates, floats, held, has_stubs=bool(stubs))
 
     _insert_stubs(gm, flow, modules, candidates, floats, set(held))
@@ -143,7 +147,9 @@ def _unshare(gm: fx.GraphModule) -> None:
             node.meta["names"] = (str(node.target),)
             node.target = name
         elif p.anchor_of(module) is not None:
-            shared = [n for n in node.graph.nodes if n.op == "call_module" and gm.get_submodule(str(n.target)) is module]
+            shared = [
+                n for n in node.graph.nodes if n.op == "call_module" and gm.get_submodule(str(n.target)) is module
+            ]
             if len(shared) > 1:
                 group = forms.as_group(module)
                 for name in {str(n.target) for n in shared}:
@@ -152,7 +158,12 @@ def _unshare(gm: fx.GraphModule) -> None:
         seen[id(module)] = count + 1
 
 
-_CHECKPOINT_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+_CHECKPOINT_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 def _twin(module: nn.Module) -> nn.Module:

@@ -20,23 +20,79 @@ from horizon_plugin_pytorch.nn.quantized.group import CLAMPS
 from horizon_plugin_pytorch.quantization import dataflow
 from horizon_plugin_pytorch.quantization.forms import ELEMENTWISE
 
-MULS: frozenset[Any] = frozenset({python_operator.mul, python_operator.imul, torch.mul, torch.Tensor.mul, "mul", "mul_", "__mul__"})
+MULS: frozenset[Any] = frozenset(
+    {python_operator.mul, python_operator.imul, torch.mul, torch.Tensor.mul, "mul", "mul_", "__mul__"}
+)
 CATS: frozenset[Any] = frozenset({torch.cat, torch.concat, torch.concatenate})
 MEANS: frozenset[Any] = frozenset({torch.mean, torch.Tensor.mean, "mean"})
 POOLS: dict[Any, int] = {F.avg_pool1d: 1, F.avg_pool2d: 2, F.avg_pool3d: 3}
 ADAPTIVE_POOLS: dict[Any, int] = {F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2, F.adaptive_avg_pool3d: 3}
 
 NONNEGATIVE_FUNCTIONS: frozenset[Any] = frozenset(
-    {F.relu, torch.relu, "relu", F.relu6, F.sigmoid, torch.sigmoid, "sigmoid", F.hardsigmoid, F.softplus, torch.abs, "abs"}
+    {
+        F.relu,
+        torch.relu,
+        "relu",
+        F.relu6,
+        F.sigmoid,
+        torch.sigmoid,
+        "sigmoid",
+        F.hardsigmoid,
+        F.softplus,
+        torch.abs,
+        "abs",
+    }
     | {torch.exp, "exp", torch.square, "square"}
 )
 ELEMENTWISE_FUNCTIONS: frozenset[Any] = NONNEGATIVE_FUNCTIONS | frozenset(
     {F.silu, F.hardswish, F.leaky_relu, F.gelu, F.elu, F.selu, F.celu, F.tanh, torch.tanh, "tanh", F.mish, F.softsign}
-    | {F.hardtanh, torch.clamp, "clamp", "clamp_", torch.clip, "clip", "clip_", torch.clamp_min, "clamp_min", "clamp_min_"}
-    | {torch.clamp_max, "clamp_max", "relu_", F.relu_, torch.relu_, "sigmoid_", "tanh_", torch.neg, "neg", python_operator.neg}
+    | {
+        F.hardtanh,
+        torch.clamp,
+        "clamp",
+        "clamp_",
+        torch.clip,
+        "clip",
+        "clip_",
+        torch.clamp_min,
+        "clamp_min",
+        "clamp_min_",
+    }
+    | {
+        torch.clamp_max,
+        "clamp_max",
+        "relu_",
+        F.relu_,
+        torch.relu_,
+        "sigmoid_",
+        "tanh_",
+        torch.neg,
+        "neg",
+        python_operator.neg,
+    }
     | {torch.pow, "pow", python_operator.pow, torch.sin, "sin", torch.cos, "cos", F.logsigmoid}
-    | {python_operator.sub, torch.sub, "sub", python_operator.truediv, torch.div, "div", "div_", "sub_", "add", "add_", "mul"}
-    | {python_operator.add, torch.add, python_operator.mul, torch.mul, python_operator.iadd, python_operator.imul, "mul_"}
+    | {
+        python_operator.sub,
+        torch.sub,
+        "sub",
+        python_operator.truediv,
+        torch.div,
+        "div",
+        "div_",
+        "sub_",
+        "add",
+        "add_",
+        "mul",
+    }
+    | {
+        python_operator.add,
+        torch.add,
+        python_operator.mul,
+        torch.mul,
+        python_operator.iadd,
+        python_operator.imul,
+        "mul_",
+    }
     | {python_operator.itruediv, python_operator.isub, fusion_operators.assign}
 )
 """Functions that are elementwise in one tensor, all other arguments being constants; those that are undefined for some numbers
@@ -128,7 +184,7 @@ def read_operator(node: fx.Node, modules: dict[str, nn.Module]) -> Read | None:
     if node.op not in ("call_function", "call_method"):
         return None
     add = fusion_operators.read_add(node)
-    if add and (not add.refused or add.left is add.right and set(node.kwargs) <= {"input", "other"}):
+    if add and (not add.refused or (add.left is add.right and set(node.kwargs) <= {"input", "other"})):
         activation, end = _activation_behind(_observer_behind(node, modules), modules)
         return ops.Add(activation), (add.left, add.right), _observer_behind(end, modules)
     kwargs = dict(node.kwargs)
@@ -165,7 +221,7 @@ def read_operator(node: fx.Node, modules: dict[str, nn.Module]) -> Read | None:
 def _is_product(node: fx.Node) -> bool:
     if len(node.args) < 2 or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args[:2]):
         return False
-    return node.target in MULS or node.target is fusion_operators.assign and node.args[2] == "imul"
+    return node.target in MULS or (node.target is fusion_operators.assign and node.args[2] == "imul")
 
 
 def _read_elementwise(node: fx.Node, modules: dict[str, nn.Module]) -> Read | None:

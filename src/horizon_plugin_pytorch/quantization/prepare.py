@@ -153,7 +153,9 @@ def prepare_qat_fx(
     resolver = Resolver(config, fused, frozenset(n for n, _ in model.named_modules(remove_duplicate=False)))
     prepared = prepare_parts(fused, resolver, report)  # type: ignore[arg-type]
     if not any(isinstance(m, FakeQuantize) for m in prepared.modules()):
-        raise QuantizationError(f"prepare_qat_fx: nothing in {type(model).__name__} is to be quantized: {_why_nothing(model)}")
+        raise QuantizationError(
+            f"prepare_qat_fx: nothing in {type(model).__name__} is to be quantized: {_why_nothing(model)}"
+        )
     prepared.quantization_notes = []  # type: ignore[assignment]
     return prepared
 
@@ -171,5 +173,7 @@ def _with_hybrid(qconfig_dict: dict[str, Any] | None, hybrid_dict: dict[str, Any
 
 def _why_nothing(model: nn.Module) -> str:
     if any(p.anchor_of(m) is not None for m in model.modules()):
-        return "the qconfig of every convolution and linear layer is None, or the code that calls them could not be traced"
+        return (
+            "the qconfig of every convolution and linear layer is None, or the code that calls them could not be traced"
+        )
     return "it has no convolution and no linear layer"

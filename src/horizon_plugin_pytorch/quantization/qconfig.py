@@ -85,11 +85,15 @@ class Resolver:
         QuantizationError: a key or value that is none of these, or a name that `model` does not have.
     """
 
-    def __init__(self, qconfig_dict: QConfigDict | None, model: nn.Module, known_names: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, qconfig_dict: QConfigDict | None, model: nn.Module, known_names: frozenset[str] = frozenset()
+    ) -> None:
         config = {"": default_qat_qconfig, **(qconfig_dict or {})}
         unknown = set(config) - {"", "module_type", "module_name"}
         if unknown:
-            raise QuantizationError(f"qconfig_dict: unknown keys {sorted(unknown)}; use '', 'module_type' and 'module_name'")
+            raise QuantizationError(
+                f"qconfig_dict: unknown keys {sorted(unknown)}; use '', 'module_type' and 'module_name'"
+            )
         self.default: QConfig | None = config[""]
         self.types = dict(config.get("module_type", []))
         self.names = dict(config.get("module_name", []))

@@ -66,7 +66,12 @@ class QuantizationReport:
     @property
     def in_float(self) -> list[Row]:
         return [r for r in self.rows if r.runs_in_float] + [
-            Row(path, function, "float32", reason=f"it has no integer form and is called between the modules, {count} times so far")
+            Row(
+                path,
+                function,
+                "float32",
+                reason=f"it has no integer form and is called between the modules, {count} times so far",
+            )
             for path, counter in self.calls.items()
             for function, count in counter.items()
         ]
@@ -94,7 +99,9 @@ class QuantizationReport:
                 continue
             table = Table(*columns, *extra, title=title, title_justify="left")
             for r in rows:
-                table.add_row(*(Text(c) for c in (r.module, r.form, r.dtype, r.scale, r.reason)[: len(columns) + len(extra)]))
+                table.add_row(
+                    *(Text(c) for c in (r.module, r.form, r.dtype, r.scale, r.reason)[: len(columns) + len(extra)])
+                )
             console.print(table)
         for note in self.notes:
             console.print(Text(f"Note: {note}"))
@@ -164,7 +171,9 @@ def _quantized_row(path: str, module: Any) -> Row:
     if scale is None:
         return Row(path, module._get_name(), "float32", "high precision")
     several = scale.dim() > 0
-    text = f"{scale.min().item():.4g} … {scale.max().item():.4g} ({scale.numel()})" if several else f"{scale.item():.6g}"
+    text = (
+        f"{scale.min().item():.4g} … {scale.max().item():.4g} ({scale.numel()})" if several else f"{scale.item():.6g}"
+    )
     return Row(path, module._get_name(), str(module.dtype8).removeprefix("torch."), text)
 
 

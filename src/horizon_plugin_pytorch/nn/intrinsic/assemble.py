@@ -62,7 +62,9 @@ def assemble(
         return parts.anchor
     group = group_class(pattern)(*(m for m in (parts.anchor, kept, parts.activation) if m is not None))
     group.norm_keys = keys
-    GuestKeys(parts.anchor).attach(anchor_place or group)
+    if keys is not None and kept is not None:
+        keys.follow(group, "bn")
+    GuestKeys(parts.anchor).follow(group, pattern.anchor.child).attach(anchor_place or group)
     away = [pattern.anchor.child]
     if kept is not None and norm_place is not None:
         away.append("bn")

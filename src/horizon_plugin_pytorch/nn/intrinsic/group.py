@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from horizon_plugin_pytorch.errors import FusionError
 from horizon_plugin_pytorch.fusion.patterns import HOOK_TABLES, Pattern
-from horizon_plugin_pytorch.nn.checkpoint import GuestKeys, NormKeys
+from horizon_plugin_pytorch.nn.checkpoint import NormKeys
 from horizon_plugin_pytorch.nn.intrinsic.handoff import AnchorInput, Token
 
 
@@ -191,8 +191,3 @@ def move_hooks(source: nn.Module, target: nn.Module, *tables: str) -> None:
                 moved.update(target.__dict__[name])
                 setattr(target, name, moved)
                 setattr(source, name, type(moved)())
-
-
-def keep_keys(guest: nn.Module, owner: nn.Module) -> None:
-    """Let `owner` hold the checkpoint keys of `guest`."""
-    GuestKeys(guest).attach(owner)

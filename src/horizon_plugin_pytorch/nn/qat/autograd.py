@@ -21,9 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from horizon_plugin_pytorch.nn.qat.blocks import in_blocks, pays_in_blocks
+
 WEIGHT_UNIT = 2.0**-15
 """Integer weights are carried times this in training, so that sums of 8-bit products stay inside float16's range; a power of two
 changes no result otherwise."""
+LEAST_POSITIVE = torch.finfo(torch.float32).tiny
 
 
 class RoundActivation(torch.autograd.Function):
@@ -36,7 +39,7 @@ class RoundActivation(torch.autograd.Function):
         relu: there is a ReLU: no gradient passes where ``x <= 0``.
         bound: where ReLU6 ends, or None.
         dtype: floating point, the result's.
-        overwrite: compute in `x`'s memory; only with float32, and a scale that is not learned.
+        fresh: `x` may be overwritten.
     """
 
     @staticmethod
@@ -49,39 +52,66 @@ class RoundActivation(torch.autograd.Function):
         relu: bool,
         bound: float | None,
         dtype: torch.dtype,
-        overwrite: bool,
+        fresh: bool,
     ) -> Tensor:
         ctx.learned, ctx.limits = ctx.needs_input_grad[1], (lo, hi, relu, bound)
-        if overwrite:
-            ctx.mark_dirty(x)
-            x.div_(s)
-            ctx.save_for_backward(_passes(x, s, *ctx.limits), s)
-            _round(x, s, lo, hi, bound)
-            return x
-        z = x / s
-        ctx.save_for_backward(z if ctx.learned else _passes(z, s, *ctx.limits), s)
-        return _round(z.clone() if ctx.learned else z, s, lo, hi, bound).to(dtype)
+        if ctx.learned:
+            z = x / s
+            ctx.save_for_backward(z, s)
+            return _round(z.clone(), s, lo, hi, bound).to(dtype)
+
+        def parts(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+            z = x / s
+            passes = _passes(z, s, lo, hi, relu, bound)
+            return _round(z, s, lo, hi, bound).to(dtype), passes
+
+        if not pays_in_blocks(x):
+            q, passes = parts(x, s)
+        else:
+            if fresh and dtype == torch.float32:
+                ctx.mark_dirty(x)
+                q = x
+            else:
+                q = torch.empty_like(x, dtype=dtype)
+            passes = torch.empty_like(x, dtype=torch.int8)
+            in_blocks(parts, (x, s), (q, passes))
+        ctx.save_for_backward(passes, s)
+        return q
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         saved, s = ctx.saved_tensors
         lo, hi, relu, bound = ctx.limits
+
+        def parts(grad: Tensor, s: Tensor, passes: Tensor) -> tuple[Tensor]:
+            return ((grad.float() / s).mul_(passes),)
+
+        if not ctx.learned:
+            if torch.is_grad_enabled() or not pays_in_blocks(saved):
+                (grad_x,) = parts(grad, s, saved)
+            else:
+                grad_x = torch.empty_like(saved, dtype=torch.float32)
+                in_blocks(parts, (grad, s, saved), (grad_x,))
+            return grad_x, *[None] * 7
+
         grad = grad.float() / s
-        mask = _passes(saved, s, *ctx.limits) if ctx.learned else saved
-        grad_s = None
-        if ctx.learned:
-            q = _round(saved.clone(), s, lo, hi, bound)
-            z = saved.clamp(min=0) if relu else saved
-            z = z if bound is None else torch.minimum(z, bound / s)
-            grad_s = (grad * (q - z * ((z > lo - 0.5) & (z < hi + 0.5)))).sum_to_size(s.shape)
-        # Multiplying by bytes is several times faster than by booleans.
-        return grad.mul_(mask.view(torch.uint8)), grad_s, None, None, None, None, None, None
+        q = _round(saved.clone(), s, lo, hi, bound)
+        z = saved.clamp(min=0) if relu else saved
+        z = z if bound is None else torch.minimum(z, bound / s)
+        error = q - z * ((z > lo - 0.5) & (z < hi + 0.5))
+        return grad * _passes(saved, s, *ctx.limits), (grad * error).sum_to_size(s.shape), *[None] * 6
 
 
 def _passes(z: Tensor, s: Tensor, lo: int, hi: int, relu: bool, bound: float | None) -> Tensor:
-    """Where the gradient of ``z = x / s`` passes."""
-    top = hi + 0.5 if bound is None else torch.clamp(bound / s, max=hi + 0.5)
-    return (z > (0 if relu else lo - 0.5)).logical_and_(z < top)
+    """int8: 1 where the gradient of ``z = x / s`` passes, else 0. (Comparing into a float tensor and multiplying by int8 is many
+    times faster on a CPU than anything with booleans.)"""
+    low = LEAST_POSITIVE if relu else lo - 0.5
+    if bound is None:
+        kept = z.clamp(low, hi + 0.5)
+    else:
+        top = torch.clamp(bound / s, max=hi + 0.5)
+        kept = z.clamp(torch.full_like(top, low), top)
+    return kept.eq_(z).to(torch.int8)
 
 
 def _round(z: Tensor, s: Tensor, lo: int, hi: int, bound: float | None) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from horizon_plugin_pytorch.backends import reference
 from horizon_plugin_pytorch.errors import QuantizationError
 from horizon_plugin_pytorch.nn.qat.autograd import RoundActivation, RoundWeight
-from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor, along_channels
+from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor, along_channels, quantize
 from horizon_plugin_pytorch.nn.quantized.tensors import KeepsDtype
 
 TINY = torch.finfo(torch.float32).tiny
@@ -290,9 +290,7 @@ class FakeQuantize(_HasScale):
             return x
         if self.training:
             return self.train_quantize(x.float())
-        scale = self.current_scale()
-        q = reference.quantize(x, scale, self.dtype8, self.axis, check=True)
-        return QTensor.make(q, scale, self.dtype8, self.float_calls)
+        return quantize(x, self.current_scale(), self.dtype8, self.path, self.float_calls)
 
     def train_quantize(self, y: Tensor, relu: bool = False, bound: float | None = None, fresh: bool = False) -> QTensor:
         """Activation and rounding of a float32 tensor, with straight-through gradients; `fresh`: it may be overwritten.
@@ -310,9 +308,8 @@ class FakeQuantize(_HasScale):
             scale = self.current_scale()
         lo, hi = self.bounds
         dtype = autocast_dtype(y.device.type)
-        overwrite = fresh and not self.learned and dtype == torch.float32
         shaped = scale if self.axis is None else along_channels(scale, y)
-        payload = RoundActivation.apply(y, shaped, 0 if relu else lo, hi, relu, bound, dtype, overwrite)
+        payload = RoundActivation.apply(y, shaped, 0 if relu else lo, hi, relu, bound, dtype, fresh)
         return QTensor.make(payload, scale.detach(), self.dtype8, self.float_calls)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------------

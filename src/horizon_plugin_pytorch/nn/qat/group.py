@@ -108,7 +108,9 @@ class QATGroup(FusedGroup):
         frozen = freeze(self.pattern.anchor, self.anchor, self.norm, s_w)
         constants = frozen.derive(self.geometry, x.scale, s_y, None if other is None else other.scale)
         dtype8 = torch.int8 if quant is None else quant.dtype8
-        y = run_group(self.pattern, self.geometry, constants, x, other, self.activation, s_y, dtype8, output_size, self.path)
+        y = run_group(
+            self.pattern, self.geometry, constants, x, other, self.activation, s_y, dtype8, output_size, self.path
+        )
         return y if quant is None or s_y is None else QTensor.make(y, s_y, quant.dtype8, quant.float_calls)
 
     def absorb_norm(self) -> None:

@@ -22,7 +22,9 @@ def group_class(pattern: Pattern) -> type[QuantizedGroup]:
     """The class of a pattern, importable under its name."""
     from horizon_plugin_pytorch.nn.quantized.group import QuantizedGroup
 
-    return type(pattern.name, (QuantizedGroup,), {"pattern": pattern, "__module__": __name__, "__doc__": QuantizedGroup.__doc__})
+    return type(
+        pattern.name, (QuantizedGroup,), {"pattern": pattern, "__module__": __name__, "__doc__": QuantizedGroup.__doc__}
+    )
 
 
 def __getattr__(name: str) -> Any:

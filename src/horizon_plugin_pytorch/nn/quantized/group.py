@@ -81,7 +81,9 @@ class Geometry:
         wanted = list(output_size)[-self.dims :]
         least = [
             (n - 1) * s - 2 * int(p) + d * (k - 1) + 1
-            for n, s, p, d, k in zip(x.shape[-self.dims :], self.stride, self.padding, self.dilation, self.kernel_size, strict=True)
+            for n, s, p, d, k in zip(
+                x.shape[-self.dims :], self.stride, self.padding, self.dilation, self.kernel_size, strict=True
+            )
         ]
         return tuple(w - n for w, n in zip(wanted, least, strict=True))
 
@@ -107,7 +109,9 @@ class Geometry:
         if self.transposed:
             conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.dims - 1]
             return conv(x, weight, None, self.stride, padding, self._extra(x, output_size), self.groups, self.dilation)
-        return (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1](x, weight, None, self.stride, padding, self.dilation, self.groups)
+        return (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1](
+            x, weight, None, self.stride, padding, self.dilation, self.groups
+        )
 
 
 class GroupConstants(NamedTuple):
@@ -219,7 +223,9 @@ class QuantizedGroup(MakesIntegers, AddPlace, nn.Module):
         self.activation = activation if self.pattern.activation not in CLAMPS else None
         self.float_calls: Counter[str] = Counter()
         self.path = ""
-        self._derived: Remembered[DerivedConstants] = Remembered(8)  # a group can be shared by calls with inputs of other scales
+        self._derived: Remembered[DerivedConstants] = Remembered(
+            8
+        )  # a group can be shared by calls with inputs of other scales
         self.eval()
 
     @property
@@ -229,7 +235,9 @@ class QuantizedGroup(MakesIntegers, AddPlace, nn.Module):
     def integers(self, s_x: Tensor, s_r: Tensor | None = None) -> DerivedConstants:
         """int8 weight, int32 bias and float32 multipliers for inputs of these scales."""
         own = GroupConstants(self.weight, self.weight_scale, self.bias)
-        return self._derived.get((s_x, s_r, *own, self.scale), None, lambda: own.derive(self.geometry, s_x, self.scale, s_r))
+        return self._derived.get(
+            (s_x, s_r, *own, self.scale), None, lambda: own.derive(self.geometry, s_x, self.scale, s_r)
+        )
 
     def forward(self, input: QTensor, *operands: Any, output_size: Any = None) -> Tensor:
         """int8 or uint8 `QTensor` in and out; float32 out where the output is high-precision."""

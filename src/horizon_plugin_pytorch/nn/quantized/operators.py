@@ -40,7 +40,11 @@ class Operator:
         return type(self).__name__
 
 
-_FLOAT_ACTIVATION: dict[str | None, Callable[[Tensor], Tensor]] = {None: lambda y: y, "relu": torch.relu, "relu6": F.relu6}
+_FLOAT_ACTIVATION: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda y: y,
+    "relu": torch.relu,
+    "relu6": F.relu6,
+}
 
 
 @dataclass
@@ -138,7 +142,15 @@ class AvgPool(Operator):
 
     def float(self, *xs: Tensor) -> Tensor:
         pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[self.dims - 1]
-        return pool(xs[0], self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad, **self._divisor())
+        return pool(
+            xs[0],
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            **self._divisor(),
+        )
 
     def integer(self, xs: Sequence[QTensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
         x = xs[0]

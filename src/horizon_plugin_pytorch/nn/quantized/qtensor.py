@@ -141,7 +141,10 @@ def _name(func: Any) -> str:
     return torch.overrides.resolve_name(func) or getattr(func, "__name__", str(func))
 
 
-_IN_PLACE = {"__setitem__", *(f"__i{n}__" for n in "add sub mul truediv floordiv mod pow and or xor matmul lshift rshift".split())}
+_IN_PLACE = {
+    "__setitem__",
+    *(f"__i{n}__" for n in "add sub mul truediv floordiv mod pow and or xor matmul lshift rshift".split()),
+}
 
 
 def _refuse_in_place(func: Any, args: Any, kwargs: Any) -> None:
@@ -319,7 +322,9 @@ def _join(func: Any, args: Any, kwargs: Any) -> Any:
     first = tensors[0]
     if first.scale.dim() > 0 or not all(t.scale is first.scale and t.dtype8 == first.dtype8 for t in tensors):
         return NotImplemented
-    return first.like(func([t.payload for t in tensors], *args[1:], **{k: v for k, v in kwargs.items() if k != "tensors"}))
+    return first.like(
+        func([t.payload for t in tensors], *args[1:], **{k: v for k, v in kwargs.items() if k != "tensors"})
+    )
 
 
 def _everywhere(names: str) -> list[Any]:
@@ -347,7 +352,10 @@ KEEPS = "contiguous clone detach positive resolve_conj resolve_neg"
 """Likewise, and every element stays where it is."""
 RULES: dict[Any, Rule] = {
     **dict.fromkeys(_everywhere(MOVES), _move),
-    **dict.fromkeys([torch.pixel_shuffle, torch.pixel_unshuffle, torch.channel_shuffle, torch.native_channel_shuffle], _move_as_float),
+    **dict.fromkeys(
+        [torch.pixel_shuffle, torch.pixel_unshuffle, torch.channel_shuffle, torch.native_channel_shuffle],
+        _move_as_float,
+    ),
     **dict.fromkeys([*_everywhere(KEEPS), _T.__pos__], _keep),
     _T.__iter__: _iterate,
     **dict.fromkeys([_T.to, _T.cpu, _T.cuda], _to),
@@ -355,7 +363,9 @@ RULES: dict[Any, Rule] = {
     **{pool: partial(_adaptive_max_pool, d) for d, pool in enumerate(_ADAPTIVE_MAX_POOLS, start=1)},
     **dict.fromkeys([F.relu, torch.relu, torch.relu_, _T.relu, _T.relu_], _relu),
     **dict.fromkeys([F.dropout, F.dropout1d, F.dropout2d, F.dropout3d], _dropout),
-    **dict.fromkeys([torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack], _join),
+    **dict.fromkeys(
+        [torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack], _join
+    ),
     F.interpolate: _interpolate,
     F.pad: _pad,
 }

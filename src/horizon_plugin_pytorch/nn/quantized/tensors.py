@@ -40,7 +40,14 @@ class MakesIntegers(KeepsDtype):
             destination[prefix + "unsigned"] = torch.tensor(self.dtype8 == torch.uint8)
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: Any, errors: Any
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: Any,
+        errors: Any,
     ) -> None:
         if self.scale is not None:
             unsigned = state_dict.pop(prefix + "unsigned", None)
@@ -66,7 +73,9 @@ class Remembered(Generic[Made]):
 
     def get(self, tensors: Sequence[Tensor | None], other: Any, make: Callable[[], Made]) -> Made:
         """What `make` returned for these tensors and `other`; the last `size` of them are kept."""
-        if any(t is not None and t.is_inference() for t in tensors):  # whether such a tensor was changed is not recorded
+        if any(
+            t is not None and t.is_inference() for t in tensors
+        ):  # whether such a tensor was changed is not recorded
             return make()
         key = [(t, t._version) for t in tensors if t is not None]
         for known, known_other, made in self._known:

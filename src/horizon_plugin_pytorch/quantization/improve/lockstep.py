@@ -56,8 +56,10 @@ class Step:
 Visitor = Callable[[Step], None]
 
 
-def take(data: Iterable[Any], samples: int = SAMPLES) -> list[Any]:
+def take(data: Iterable[Any], samples: int = SAMPLES) -> Iterable[Any]:
     """The first items of `data` that hold `samples` samples together, at least one item."""
+    if isinstance(data, Tensor):
+        return data  # a mistake, for `batches` to explain
     taken, count = [], 0
     for item in data:
         taken.append(item)

@@ -193,6 +193,7 @@ class _Moments:
                 sums[name] += value.double()  # type: ignore[assignment]
         means: dict[str, Any] = {name: value / count for name, value in sums.items()}
         assert centre is not None
+        self.count = count
         offset, difference_mean = means["mean"], means["mean_difference"]
         self.mean: Tensor = offset + centre.squeeze(2).double()
         self.mean_exact: Tensor = self.mean + difference_mean
