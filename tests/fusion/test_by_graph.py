@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torchvision.ops import StochasticDepth
 
 import horizon_plugin_pytorch as horizon
 from fusion.networks import (
@@ -264,14 +266,36 @@ def test_dropout_that_can_still_be_active_is_not_stepped_over(training: bool, is
     assert run_both(fused.eval(), model.eval(), x) == 0
 
 
-def test_a_reshaping_identity_is_no_identity() -> None:
-    class Halve(nn.Identity):
-        def forward(self, input: Tensor) -> Tensor:
-            return input / 2
+class Halve(nn.Identity):
+    def forward(self, input: Tensor) -> Tensor:
+        return input / 2
 
-    model = randomize(Interrupted(Halve)).eval()
+
+class DropPath(nn.Module):
+    """Not what its name says: it scales in eval mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training else x * 0.9
+
+
+def patched_identity() -> nn.Module:
+    module = nn.Identity()
+    module.forward = lambda x: x * 3
+    return module
+
+
+@pytest.mark.parametrize("between", [Halve, DropPath, patched_identity])
+def test_what_only_looks_as_if_it_computed_nothing_is_not_stepped_over(between: Callable[[], nn.Module]) -> None:
+    model = randomize(Interrupted(between)).eval()
     fused = fuse_fx(model)
     assert fused.fusion_report.count() == {}
+    assert run_both(fused, model, torch.randn(2, 3, 4, 4)) == 0
+
+
+def test_stochastic_depth_is_stepped_over_in_eval_mode() -> None:
+    model = randomize(Interrupted(lambda: StochasticDepth(0.5, "row"))).eval()
+    fused = fuse_fx(model)
+    assert fused.fusion_report.count() == {"ConvBNAddReLU2d": 1}
     assert run_both(fused, model, torch.randn(2, 3, 4, 4)) == 0
 
 
@@ -520,6 +544,8 @@ def test_optional_arguments_are_specialized_to_their_defaults() -> None:
     assert run_both(fused, model, x) == 0
     assert differing(fused(x, None, False), model(x)) == 0
     assert differing(fused(x, mask=None), model(x)) == 0
+    fused = pickle.loads(pickle.dumps(copy.deepcopy(fused)))
+    assert differing(fused(x), model(x)) == 0
     for call in (lambda: fused(x, mask), lambda: fused(x, mask=mask), lambda: fused(x, None, True)):
         with pytest.raises(ValueError, match=r"traced with (mask=None|flag=False)"):
             call()
@@ -656,3 +682,107 @@ def test_statistics_that_are_not_finite_are_an_error_naming_the_norm() -> None:
         with pytest.raises(FusionError, match=r"'0\.1': its running_var holds a non-finite value"):
             call(model)
     assert_unchanged(model, before)
+
+
+# -- kinds of models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [nn.Conv2d(3, 3, 1), nn.Identity(), nn.ReLU(), nn.Sequential(), nn.BatchNorm2d(3)])
+def test_models_with_nothing_to_fuse(model: nn.Module) -> None:
+    fused = fuse_fx(model.eval())
+    assert fused.fusion_report.groups == []
+    assert run_both(fused, model, torch.randn(2, 3, 4, 4)) == 0
+
+
+def test_a_graph_module() -> None:
+    model = randomize(Residual(2)).eval()
+    fused = fuse_fx(fx.symbolic_trace(model))
+    assert fused.fusion_report.count() == {"ConvBNAddReLU2d": 2, "ConvBNReLU2d": 2}
+    assert run_both(fused, model, torch.randn(2, 4, 6, 6)) == 0
+
+
+def test_lazy_modules_are_left_alone() -> None:
+    report = analyze(nn.Sequential(nn.LazyConv2d(4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.LazyBatchNorm2d()))
+    assert report.groups == [] and "it is a lazy module that has not seen data yet" in report.missed[0].reason
+
+
+class OwnCall(nn.Conv2d):
+    def __call__(self, *args: Any) -> Any:
+        return super().__call__(*args) * 2
+
+
+def test_an_anchor_with_a_call_of_its_own() -> None:
+    model = randomize(nn.Sequential(OwnCall(3, 3, 1), nn.BatchNorm2d(3))).eval()
+    fused = fuse_fx(model)
+    assert fused.fusion_report.groups == []
+    assert run_both(fused, model, torch.randn(2, 3, 4, 4)) == 0
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As detection networks write it; not all say their eps."""
+
+    def __init__(self, channels: int, eps: float | None) -> None:
+        super().__init__()
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value))
+        if eps is not None:
+            self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + getattr(self, "eps", 1e-5)).rsqrt()
+        return x * scale.reshape(1, -1, 1, 1) + (self.bias - self.running_mean * scale).reshape(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("eps", [0.1, None])
+def test_frozen_batch_norms_of_others(eps: float | None) -> None:
+    model = randomize(nn.Sequential(nn.Conv2d(3, 3, 1), FrozenBatchNorm2d(3, eps), nn.ReLU())).eval()
+    fused = fuse_fx(model)
+    assert fused.fusion_report.count() == ({} if eps is None else {"ConvBNReLU2d": 1})
+    assert run_both(fused, model, torch.randn(2, 3, 4, 4)) == 0
+
+
+def test_an_assignment_that_stays_in_the_graph_copies_pickles_and_exports() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.conv(x))
+            z = y
+            y *= 2
+            return z + y
+
+    model = Net().eval()
+    x = torch.randn(2, 3, 4, 4)
+    fused = fuse_fx(model)
+    for other in (
+        fused,
+        copy.deepcopy(fused),
+        pickle.loads(pickle.dumps(fused)),
+        torch.export.export(fused, (x,)).module(),
+    ):
+        assert run_both(other, model, x) == 0
+
+
+def test_time_to_fuse_grows_with_the_network_and_no_faster() -> None:
+    """Counted in calls instead of seconds: of a function that everything goes through."""
+
+    def calls(depth: int) -> int:
+        layers = [m for _ in range(depth) for m in (nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU())]
+        model = nn.Sequential(*layers).eval()
+        count = 0
+
+        def tick(frame: Any, event: str, argument: Any) -> None:
+            nonlocal count
+            count += 1
+
+        sys.setprofile(tick)
+        try:
+            fuse_fx(model)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    small, large = calls(20), calls(80)
+    assert large < 4.6 * small

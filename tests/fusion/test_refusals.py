@@ -404,7 +404,7 @@ def test_patched_forwards_are_not_taken_for_stock_ones() -> None:
     for name, factor in (("conv", 3), ("bn", 2), ("relu", 5)):
         net = Net(lambda m, x: m.relu(m.bn(m.conv(x))))
         module = getattr(net, name)
-        module.forward = lambda x, stock=type(module).forward, m=module, k=factor: stock(m, x) * k
+        module.forward = lambda x, stock=type(module).forward, m=module, k=factor: stock(m, x) * k  # noqa: B008
         before = module.forward
         report = fused_equals(net)
         assert all(name not in group.modules for group in report.groups)

@@ -52,7 +52,7 @@ def make_group(
             module.state = FakeQuantState.QAT
     if learned and quant is not None:
         # Some values are clipped, either by the integers' range or, below it, by ReLU6's bound.
-        quant._store(torch.tensor(0.05 if activation is RELU6 else 0.012))
+        quant.store(torch.tensor(0.05 if activation is RELU6 else 0.012))
     return group
 
 

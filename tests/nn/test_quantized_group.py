@@ -126,7 +126,7 @@ def cases(draw: st.DrawFn, kind: str, norm: str) -> tuple[Net, tuple[Tensor, ...
 @settings(max_examples=15)
 @given(data=st.data())
 def test_qat_int8_and_the_numerics_agree(kind: str, norm: str, data: st.DataObject) -> None:
-    net, inputs, by_hand, keep, dtype, activation = data.draw(cases(kind, norm))
+    net, inputs, by_hand, keep, dtype, _ = data.draw(cases(kind, norm))
     qconfig = get_default_qconfig(activation_qkwargs={"dtype": dtype} if dtype else None)
     if by_hand:
         net.qconfig = qconfig

@@ -21,6 +21,22 @@ class Program(nn.Module):
         self.fc = nn.Linear(256, 5)
         self.gamma = nn.Parameter(torch.rand(4, 1, 1) + 0.5)
         self.register_buffer("offset", torch.randn(4, 1, 1))
+        self.shuffle, self.opaque = Shuffle(), Opaque()
+
+
+class Shuffle(nn.Module):
+    """Only moves data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        return F.max_pool2d(x.view(b, 2, c // 2, h, w).transpose(1, 2).contiguous().view(b, c, h, w), 3, 1, 1)
+
+
+class Opaque(nn.Module):
+    """Cannot be traced, and does not change its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if float(x.shape[0]) < 0 or len(x) < 0 else x.tanh()
 
 
 PROGRAMS: dict[str, tuple[type[Program], Any, dict[str, Any]]] = {}
@@ -252,6 +268,17 @@ def stack(self: Any, x: Tensor) -> Tensor:
 def fresh_tensors(self: Any, x: Tensor) -> Tensor:
     x = self.a(x)
     return self.d(torch.cat([x, x.new_zeros(2, 4, 8, 8)], 1))
+
+
+@program(float=[])
+def module_that_only_moves(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.shuffle(self.a(x)))
+
+
+@program(float=["opaque"])
+def module_that_cannot_be_traced(self: Any, x: Tensor) -> Tensor:
+    x = self.a(x)
+    return self.b(self.opaque(x)) + self.c(x)
 
 
 # -- structure ------------------------------------------------------------------------------------------------------------------

@@ -166,3 +166,9 @@ def test_models_that_cannot_be_prepared() -> None:
         prepare_qat_fx(prepare_qat_fx(nn.Sequential(nn.Conv2d(1, 1, 1))))
     with pytest.raises(QuantizationError, match="qconfig of every convolution"):
         prepare_qat_fx(nn.Sequential(nn.Conv2d(1, 1, 1)), {"": None})
+
+
+def test_a_module_that_cannot_be_traced_does_not_keep_its_input_from_being_integers() -> None:
+    kind, item, _ = PROGRAMS["module_that_cannot_be_traced"]
+    _, int8 = by_graph(kind(), item)
+    assert list(in_float(int8)) == ["opaque"] and not int8.a.high_precision

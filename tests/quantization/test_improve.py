@@ -242,15 +242,19 @@ def test_bias_correction_takes_the_mean_error_away() -> None:
 
 @pytest.mark.parametrize("activation", CLASSES)
 def test_reconstruction_lowers_the_error_on_other_data(activation: str) -> None:
-    model = Residual(activation).eval()
-    x, other = images(12)[:8], images(12)[8:]
-    exact = model(other).detach()
-    q = prepared(model, x)
-    calibrate(q, [x], progress=False)
-    with torch.no_grad():
-        before = noise(exact, q(other))
-        reconstruct(q, [x[:4], x[4:]], progress=False)
-        assert noise(exact, q(other)) < 0.5 * before
+    shares = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = Residual(activation).eval()
+        x, other = images(24)[:16], images(24)[16:]
+        exact = model(other).detach()
+        q = prepared(model, x)
+        calibrate(q, [x], progress=False)
+        with torch.no_grad():
+            before = noise(exact, q(other))
+            reconstruct(q, [x[:4], x[4:]], progress=False)
+            shares.append(noise(exact, q(other)) / before)
+    assert max(shares) < 0.8 and sum(shares) < 0.5 * len(shares), shares
 
 
 def test_rounded_weights_are_the_integers_that_run() -> None:
@@ -305,7 +309,7 @@ class Branching(nn.Module):
 def test_quantize_improves_and_stays_bit_exact(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model = make().eval()
-    x, other = images(12)[:8], images(12)[8:]
+    x, other = images(24)[:16], images(24)[16:]
     weights = copy.deepcopy(model.state_dict())
     exact = model(other).detach()
     better = horizon.quantize(model, [x], progress=False)

@@ -22,19 +22,14 @@ from horizon_plugin_pytorch.fusion.patterns import Activation, Anchor
 from horizon_plugin_pytorch.fusion.report import Kind, Miss
 from horizon_plugin_pytorch.fusion.tracing import Traced, is_stub
 
-DROPOUTS = (
-    "Dropout",
-    "Dropout1d",
-    "Dropout2d",
-    "Dropout3d",
-    "AlphaDropout",
-    "FeatureAlphaDropout",
-    "StochasticDepth",
-    "DropPath",
-)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, *_DROPOUTS)
 
 
-_VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, *(getattr(nn, name) for name in DROPOUTS if hasattr(nn, name)))
+def _is_dropout(module: nn.Module) -> bool:
+    """One of PyTorch's, or torchvision's StochasticDepth: in eval mode they hand their input on."""
+    stochastic_depth = type(module).__name__ == "StochasticDepth" and type(module).__module__.startswith("torchvision.")
+    return stochastic_depth or any(p.computes_as(module, base) for base in _DROPOUTS)
 
 
 @dataclass
@@ -170,9 +165,9 @@ class Matcher:
         module = self.module_of(node)
         if module is None or any(getattr(module, table, None) for table in p.HOOK_TABLES):
             return False
-        if isinstance(module, nn.Identity) and type(module).forward is nn.Identity.forward:
+        if p.computes_as(module, nn.Identity):
             return True
-        return type(module).__name__ in DROPOUTS and not module.training and not self.keep_bn
+        return _is_dropout(module) and not module.training and not self.keep_bn
 
     def consumer(self, node: fx.Node) -> tuple[fx.Node | None, list[fx.Node], str | None]:
         """The only reader of a value, the nodes stepped over on the way, and the reason if there is no such reader."""

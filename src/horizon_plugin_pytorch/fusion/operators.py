@@ -22,6 +22,8 @@ def assign(target: Any, value: Any, operation: str) -> Any:
     PyTorch's own tracing records ``a += b`` as ``a = a + b``, which other names of the same tensor do not see; and a call of
     ``operator.iadd`` is printed as the statement ``a += b``, which rebinds a name of an int that is read again later.
     """
+    if isinstance(target, fx.Proxy):  # traced again, as PyTorch does when it loads a graph module
+        return target.tracer.create_proxy("call_function", assign, (target, value, operation), {})
     return getattr(operator, operation)(target, value)
 
 

@@ -186,11 +186,11 @@ def _add_row(table: list[Any], row: Any) -> None:
 # What a module is
 
 
-def _computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
+def computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
     """Neither the module's class nor, patched onto it, the module itself has a forward of its own."""
     if not isinstance(module, base):
         return False
-    methods = [name for name in ("forward", "_conv_forward") if hasattr(base, name)]
+    methods = [name for name in ("forward", "_conv_forward", "__call__") if hasattr(base, name)]
     return not any(
         name in module.__dict__ or getattr(type(module), name) is not getattr(base, name) for name in methods
     )
@@ -198,7 +198,7 @@ def _computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
 
 def anchor_of(module: nn.Module) -> Anchor | None:
     """The anchor row of a module; subclasses count as long as they compute what the stock module computes."""
-    return next((row for row in ANCHORS if _computes_as(module, row.type)), None)
+    return next((row for row in ANCHORS if computes_as(module, row.type)), None)
 
 
 def anchor_types() -> tuple[type[nn.Module], ...]:
@@ -207,19 +207,17 @@ def anchor_types() -> tuple[type[nn.Module], ...]:
 
 
 def is_frozen_batch_norm(module: nn.Module) -> bool:
-    """torchvision's FrozenBatchNorm2d or a class of that name: weight, bias, running_mean and running_var are buffers."""
+    """torchvision's FrozenBatchNorm2d or a class of that name: its four tensors are buffers, and it says its eps."""
     buffers = {"weight", "bias", "running_mean", "running_var"}
     named = type(module).__name__ == "FrozenBatchNorm2d" and "forward" not in module.__dict__
-    return named and buffers <= module._buffers.keys()
+    return named and buffers <= module._buffers.keys() and isinstance(getattr(module, "eps", None), float)
 
 
 def is_norm(module: nn.Module) -> bool:
     """A stock batch norm, or a subclass that computes the same."""
     if is_frozen_batch_norm(module):
         return True
-    return any(
-        _computes_as(module, base) for base in (nn.SyncBatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    )
+    return any(computes_as(module, base) for base in (nn.SyncBatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
 
 
 def is_float_functional(module: nn.Module) -> bool:
@@ -230,9 +228,9 @@ def is_float_functional(module: nn.Module) -> bool:
 def activation_of(module: nn.Module) -> Activation | None:
     """The activation row of a module; ``Hardtanh(0, b)`` is the row with bound b."""
     for row in ACTIVATIONS:
-        if _computes_as(module, row.type):
+        if computes_as(module, row.type):
             return row
-    if _computes_as(module, nn.Hardtanh) and module.min_val == 0:
+    if computes_as(module, nn.Hardtanh) and module.min_val == 0:
         return next((row for row in ACTIVATIONS if row.bound == module.max_val), None)
     return None
 

@@ -29,7 +29,9 @@ _LIBRARIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.
 
 def expect_default(value: Any, default: Any, name: str) -> None:
     """A traced forward was specialized to an argument's default; raise if it is called with something else."""
-    if value is not default and (isinstance(value, torch.Tensor) or value != default):
+    if isinstance(value, fx.Proxy):  # traced again, as PyTorch does when it loads a graph module
+        value.tracer.create_proxy("call_function", expect_default, (value, default, name), {})
+    elif value is not default and (isinstance(value, torch.Tensor) or value != default):
         raise ValueError(
             f"forward was traced with {name}={default!r}. To pass it, give fuse_fx example_inputs that contain it."
         )
@@ -76,6 +78,10 @@ class FusionTracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if any(isinstance(a, AnchorInput) for a in args) or isinstance(m, Handoff):
+            return forward(*args, **kwargs)
+        if (
+            type(m).__call__ is not nn.Module.__call__
+        ):  # what it does around its forward is recorded, and must not run twice
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
@@ -358,15 +364,21 @@ def _parts(
 def record_shapes(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Put ``meta["shape"]`` and ``meta["dtype"]`` on every node, computed without computing (fake tensors).
 
+    A module left whole is seen to overwrite its inputs, or not to: ``meta["overwrites"]`` then says so.
+
     Returns:
         why it stopped, if it did.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._pytree import tree_map_only
+    from torch.utils._pytree import tree_leaves, tree_map_only
 
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
+            inputs = tree_leaves([self.env[i] for i in n.all_input_nodes]) if n.meta.get("opaque") else []
+            before = [(t, t._version) for t in inputs if isinstance(t, torch.Tensor)]
             value = super().run_node(n)
+            if n.meta.get("opaque"):
+                n.meta["overwrites"] = any(t._version != version for t, version in before)
             if isinstance(value, torch.Tensor):
                 n.meta["shape"], n.meta["dtype"] = tuple(value.shape), value.dtype
             return value

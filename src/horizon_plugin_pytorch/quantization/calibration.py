@@ -42,7 +42,8 @@ def batches(model: nn.Module, data: Iterable[Any], device: Any, progress: bool, 
 
     if isinstance(data, Tensor):
         raise QuantizationError(f"{title}: data is one tensor; give an iterable of inputs, e.g. [x] or a DataLoader")
-    total = len(data) if hasattr(data, "__len__") else None
+    sized: Any = data
+    total = len(sized) if hasattr(data, "__len__") else None
     count = 0
     for item in track(data, title, total, console=Console(stderr=True), disable=not progress, transient=True):
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), arguments(model, item))
@@ -95,7 +96,7 @@ def calibrate(model: nn.Module, data: Iterable[Any], *, device: Any = None, prog
         )
     if device is not None:
         model.to(device)
-    before = [(q, q.observer, q.scale, q.dtype8) for q in quantizers]
+    before = [(q, q.observer, q.scale.detach().clone(), q.dtype8) for q in quantizers]
     states = [(m, m.state) for m in model.modules() if isinstance(getattr(m, "state", None), FakeQuantState)]
     modes = [(m, m.training) for m in model.modules()]
     # What is kept must be usable in training, also if the caller is in inference mode.
@@ -110,9 +111,10 @@ def calibrate(model: nn.Module, data: Iterable[Any], *, device: Any = None, prog
             set_fake_quantize(model, FakeQuantState.VALIDATION)
         except BaseException:
             for quantizer, observer, scale, dtype8 in before:
-                quantizer.observer, quantizer.scale, quantizer.dtype8 = observer, scale, dtype8
+                quantizer.observer, quantizer.dtype8 = observer, dtype8
+                quantizer.store(scale)
             for module, state in states:
-                module.state = state  # type: ignore[assignment]
+                module.state = state
             for module, mode in modes:
                 module.training = mode
             raise

@@ -59,7 +59,7 @@ def convert(
     with torch.inference_mode(False), torch.no_grad():
         if not inplace:
             model = copy.deepcopy(model, {} if mapping else _float_weights(model))
-        constants = {}
+        constants: dict[nn.Module, GroupConstants] = {}
         for name, module in model.named_modules():
             _check(name or type(model).__name__, module)
             if isinstance(module, QATGroup):

@@ -127,6 +127,8 @@ def passes(node: fx.Node, modules: Modules) -> bool:
     """Hands the integers of its first argument on."""
     module = module_of(node, modules)
     if module is not None:
+        if node.meta.get("moves"):
+            return True
         if not computes_as(module, PASSING_MODULES) or getattr(module, "return_indices", False):
             return False
         if isinstance(module, nn.Upsample):
@@ -140,12 +142,27 @@ def passes(node: fx.Node, modules: Modules) -> bool:
         return node.args[1] in PASSING_ATTRIBUTES
     if node.target is F.interpolate:
         names = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
-        call = dict(zip(names, node.args, strict=False)) | node.kwargs
-        return str(call.get("mode", "nearest")).startswith("nearest") and not call.get("recompute_scale_factor")
+        call: Any = dict(zip(names, node.args, strict=False)) | node.kwargs
+        return bool(str(call.get("mode", "nearest")).startswith("nearest") and not call.get("recompute_scale_factor"))
     if node.target is F.pad:
         call = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
         return call.get("mode", "constant") != "constant" or call.get("value") in (None, 0, 0.0)
     return node.target in PASSING_FUNCTIONS and not node.kwargs.get("return_indices", False)
+
+
+def only_moves(module: nn.Module) -> bool:
+    """A user's module whose forward does nothing but hand the integers of its one input on, e.g. a channel shuffle."""
+    if type(module).__module__.startswith("torch.nn") or p.has_hooks(module):
+        return False
+    try:
+        graph = fx.Tracer().trace(module)
+    except Exception:
+        return False
+    modules = dict(module.named_modules())
+    floats = float_values(graph, modules)
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    body = [n for n in graph.nodes if n in floats and n.op != "placeholder"]
+    return len(inputs) == 1 and bool(body) and all(passes(n, modules) for n in body)
 
 
 def readers(node: fx.Node, modules: Modules, integer: set[fx.Node]) -> list[tuple[fx.Node, fx.Node, bool]]:

@@ -138,8 +138,10 @@ def modularize(gm: fx.GraphModule, held: Collection[fx.Node] = ()) -> set[fx.Nod
     for node in list(graph.nodes):
         if node in held or node not in floats:
             continue
+        if node.op == "call_module" and not any(True for _ in modules[str(node.target)].parameters()):
+            node.meta["moves"] = dataflow.only_moves(modules[str(node.target)])
         if node.op == "call_module" and (elementwise := _elementwise_module(modules[str(node.target)])):
-            read: Read | None = (elementwise, node.args[:1], node)  # type: ignore[assignment]
+            read: Read | None = (elementwise, node.args[:1], node)
             name = str(node.target)
         else:
             read, name = read_operator(node, modules), ""
@@ -187,13 +189,13 @@ def read_operator(node: fx.Node, modules: dict[str, nn.Module]) -> Read | None:
     if add and (not add.refused or (add.left is add.right and set(node.kwargs) <= {"input", "other"})):
         activation, end = _activation_behind(_observer_behind(node, modules), modules)
         return ops.Add(activation), (add.left, add.right), _observer_behind(end, modules)
-    kwargs = dict(node.kwargs)
+    kwargs: dict[str, Any] = dict(node.kwargs)
     one_input = len(node.all_input_nodes) == 1
     if _is_product(node):
         a, b = node.args[:2]
         return ops.Mul(), (a, b), _observer_behind(node, modules)  # type: ignore[return-value]
     if node.target in CATS:
-        call = dict(zip(("tensors", "dim"), node.args, strict=False)) | kwargs
+        call: Any = dict(zip(("tensors", "dim"), node.args, strict=False)) | kwargs
         operands = call["tensors"]
         nodes = isinstance(operands, (list, tuple)) and all(isinstance(t, fx.Node) for t in operands)
         if nodes and operands and set(call) <= {"tensors", "dim"} and isinstance(call.get("dim", 0), int):
@@ -221,7 +223,7 @@ def read_operator(node: fx.Node, modules: dict[str, nn.Module]) -> Read | None:
 def _is_product(node: fx.Node) -> bool:
     if len(node.args) < 2 or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args[:2]):
         return False
-    return node.target in MULS or (node.target is fusion_operators.assign and node.args[2] == "imul")
+    return node.target in MULS or bool(node.target is fusion_operators.assign and node.args[2] == "imul")
 
 
 def _read_elementwise(node: fx.Node, modules: dict[str, nn.Module]) -> Read | None:

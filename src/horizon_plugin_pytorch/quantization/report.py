@@ -119,7 +119,7 @@ def report_of(model: nn.Module) -> QuantizationReport:
     fusion = getattr(model, "fusion_report", None)
     name = type(model).__name__ if fusion is None else fusion.model
     report = QuantizationReport(name, notes=list(getattr(model, "quantization_notes", [])))
-    reasons = {} if isinstance(model, fx.GraphModule) else model.__dict__.get("float_reasons", {})
+    reasons = None if isinstance(model, fx.GraphModule) else model.__dict__.get("float_reasons")
     for path, row, calls in _rows(model, "", reasons):
         report.rows.append(row)
         if calls is not None:
@@ -130,20 +130,23 @@ def report_of(model: nn.Module) -> QuantizationReport:
 Found = tuple[str, Row, "Counter[str] | None"]
 
 
-def _rows(module: nn.Module, path: str, reasons: dict[str, str]) -> Iterator[Found]:
+def _rows(module: nn.Module, path: str, reasons: dict[str, str] | None = None) -> Iterator[Found]:
+    """Rows of a module; `reasons`, by path, is what `prepare_qat` found, None where code that could not be traced calls the rest."""
     if isinstance(module, _FORMS):
         yield path, _quantized_row(path, module), module.float_calls
     elif isinstance(module, Alone):
-        yield from _rows(module.quant, f"{path}.quant", {})
-        yield from _rows(module.group, path, {})
+        yield from _rows(module.quant, f"{path}.quant")
+        yield from _rows(module.group, path)
     elif isinstance(module, fx.GraphModule):
         yield from _graph_rows(module, path)
     elif any(True for _ in module.children()):
         for name, child in module.named_children():
             yield from _rows(child, f"{path}.{name}" if path else name, reasons)
     elif path and _computes(module):
-        reason = "its qconfig is None" if quantizable(module) else "it has no integer form"
-        yield path, Row(path, _float_form(module), "float32", reason=reasons.get(path, reason)), None
+        reason = (reasons or {}).get(path, "it has no integer form")
+        if quantizable(module) and path not in (reasons or {}):
+            reason = "code that could not be traced calls it" if reasons is None else "its qconfig is None"
+        yield path, Row(path, _float_form(module), "float32", reason=reason), None
 
 
 def _graph_rows(gm: fx.GraphModule, path: str) -> Iterator[Found]:
@@ -158,7 +161,7 @@ def _graph_rows(gm: fx.GraphModule, path: str) -> Iterator[Found]:
             module = gm.get_submodule(local)
             if any(isinstance(m, _FORMS) for m in module.modules()):
                 if local not in called:
-                    yield from _rows(module, name, {})
+                    yield from _rows(module, name)
                 called.add(local)
                 continue
         if node.name in reasons:

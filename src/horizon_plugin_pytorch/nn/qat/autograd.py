@@ -21,8 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from horizon_plugin_pytorch.nn.qat.blocks import in_blocks, pays_in_blocks
-
 WEIGHT_UNIT = 2.0**-15
 """Integer weights are carried times this in training, so that sums of 8-bit products stay inside float16's range; a power of two
 changes no result otherwise."""
@@ -39,7 +37,7 @@ class RoundActivation(torch.autograd.Function):
         relu: there is a ReLU: no gradient passes where ``x <= 0``.
         bound: where ReLU6 ends, or None.
         dtype: floating point, the result's.
-        fresh: `x` may be overwritten.
+        overwrite: compute in `x`'s memory; only with float32, and a scale that is not learned.
     """
 
     @staticmethod
@@ -52,54 +50,32 @@ class RoundActivation(torch.autograd.Function):
         relu: bool,
         bound: float | None,
         dtype: torch.dtype,
-        fresh: bool,
+        overwrite: bool,
     ) -> Tensor:
         ctx.learned, ctx.limits = ctx.needs_input_grad[1], (lo, hi, relu, bound)
-        if ctx.learned:
-            z = x / s
-            ctx.save_for_backward(z, s)
-            return _round(z.clone(), s, lo, hi, bound).to(dtype)
-
-        def parts(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-            z = x / s
-            passes = _passes(z, s, lo, hi, relu, bound)
-            return _round(z, s, lo, hi, bound).to(dtype), passes
-
-        if not pays_in_blocks(x):
-            q, passes = parts(x, s)
-        else:
-            if fresh and dtype == torch.float32:
-                ctx.mark_dirty(x)
-                q = x
-            else:
-                q = torch.empty_like(x, dtype=dtype)
-            passes = torch.empty_like(x, dtype=torch.int8)
-            in_blocks(parts, (x, s), (q, passes))
-        ctx.save_for_backward(passes, s)
-        return q
+        if overwrite:
+            ctx.mark_dirty(x)
+            x.div_(s)
+            ctx.save_for_backward(_passes(x, s, *ctx.limits), s)
+            _round(x, s, lo, hi, bound)
+            return x
+        z = x / s
+        ctx.save_for_backward(z if ctx.learned else _passes(z, s, *ctx.limits), s)
+        return _round(z.clone() if ctx.learned else z, s, lo, hi, bound).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         saved, s = ctx.saved_tensors
         lo, hi, relu, bound = ctx.limits
-
-        def parts(grad: Tensor, s: Tensor, passes: Tensor) -> tuple[Tensor]:
-            return ((grad.float() / s).mul_(passes),)
-
-        if not ctx.learned:
-            if torch.is_grad_enabled() or not pays_in_blocks(saved):
-                (grad_x,) = parts(grad, s, saved)
-            else:
-                grad_x = torch.empty_like(saved, dtype=torch.float32)
-                in_blocks(parts, (grad, s, saved), (grad_x,))
-            return grad_x, *[None] * 7
-
         grad = grad.float() / s
-        q = _round(saved.clone(), s, lo, hi, bound)
-        z = saved.clamp(min=0) if relu else saved
-        z = z if bound is None else torch.minimum(z, bound / s)
-        error = q - z * ((z > lo - 0.5) & (z < hi + 0.5))
-        return grad * _passes(saved, s, *ctx.limits), (grad * error).sum_to_size(s.shape), *[None] * 6
+        passes, grad_s = saved, None
+        if ctx.learned:
+            passes = _passes(saved, s, *ctx.limits)
+            q = _round(saved.clone(), s, lo, hi, bound)
+            z = saved.clamp(min=0) if relu else saved
+            z = z if bound is None else torch.minimum(z, bound / s)
+            grad_s = (grad * (q - z * ((z > lo - 0.5) & (z < hi + 0.5)))).sum_to_size(s.shape)
+        return grad.mul_(passes), grad_s, *[None] * 6
 
 
 def _passes(z: Tensor, s: Tensor, lo: int, hi: int, relu: bool, bound: float | None) -> Tensor:

@@ -72,7 +72,8 @@ class QATGroup(FusedGroup):
         require_quantized(self, x, other)
         if self.training:
             return self._train(x, other, output_size)  # type: ignore[arg-type]
-        return self._integers(*in_integers(self, x, other), output_size)
+        integers: Any = in_integers(self, x, other)  # type: ignore[arg-type]
+        return self._integers(integers[0], integers[1], output_size)
 
     @property
     def _layout(self) -> tuple[int, int]:

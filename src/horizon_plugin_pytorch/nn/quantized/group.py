@@ -79,10 +79,11 @@ class Geometry:
         if output_size is None:
             return self.output_padding
         wanted = list(output_size)[-self.dims :]
+        padding: Any = self.padding
         least = [
             (n - 1) * s - 2 * int(p) + d * (k - 1) + 1
             for n, s, p, d, k in zip(
-                x.shape[-self.dims :], self.stride, self.padding, self.dilation, self.kernel_size, strict=True
+                x.shape[-self.dims :], self.stride, padding, self.dilation, self.kernel_size, strict=True
             )
         ]
         return tuple(w - n for w, n in zip(wanted, least, strict=True))
@@ -146,7 +147,8 @@ def freeze(row: Anchor, anchor: nn.Module, norm: nn.Module | None, s_w: Tensor) 
     """Quantize an anchor's raw weight with `s_w` and absorb its norm into the scale and the bias."""
     axis, groups = (1 if row.transposed else 0), row.groups(anchor)
     weight: Tensor = anchor.weight  # type: ignore[assignment]
-    bias: Tensor | None = anchor.bias.double() if anchor.bias is not None else None  # type: ignore[operator, union-attr]
+    own: Any = anchor.bias
+    bias: Tensor | None = None if own is None else own.double()
     w_q = reference.quantize_weight(weight, s_w, axis, groups)
     k = None
     if norm is not None:
@@ -205,6 +207,10 @@ class QuantizedGroup(MakesIntegers, AddPlace, nn.Module):
     """
 
     pattern: ClassVar[Pattern]
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
 
     def __init__(
         self,

@@ -56,7 +56,7 @@ class QTensor(torch.Tensor):
         """The integers, ``torch.int8`` or ``torch.uint8``."""
         return self.payload.detach().to(self.dtype8)
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """The value, float32."""
         payload = self.payload
         if not payload.is_floating_point():

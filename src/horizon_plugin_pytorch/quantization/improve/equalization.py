@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import log10
+from math import log, log10
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from horizon_plugin_pytorch.quantization.improve.lockstep import take
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LEAST_SHARE = 1e-3
 """A channel counts as if its range were at least this share of the largest one: what never fires needs no range."""
+HEADROOM = 2.0
+"""How much more than calibration saw a channel may take before it is clipped, unless it was among the largest already."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,12 @@ def equalize(model: nn.Module, data: Iterable[Any], *, progress: bool = True) ->
     so the operator before the tensor takes any e for free, and what is balanced is the tensor's rounding against that of the
     weights that read it, whose input channels share a scale (as in Xiao et al. 2022, "SmoothQuant", https://arxiv.org/abs/2211.10438)::
 
-        e[c] = (r[c] / max r)^α     r: range of channel c, the geometric mean over the tensors that share channels
+        e[c] = min(1, h · r[c] / max r)^α     r: range of channel c, the geometric mean over the tensors that share channels
         noise = Σ_readers  step(e)²/12 · Σ_c e[c]² |W_c|²  +  Σ_o step_o(e)²/12 · taps · Σ_c E[y_c²] / e[c]²
         step(e) = max_c(r[c] / e[c]) / 255 (127 with negative values)      step_o(e) = max_c |W_oc e[c]| / 127
 
-    For each `Space` the α in `EXPONENTS` with the least noise is taken. The operands of an addition share their channels, and so a chain of
+    The headroom h leaves room for data that were not seen: a channel's own extremes come from few values, and with h = 1 and α = 1 each one
+    of them would be a limit. For each `Space` the α in `EXPONENTS` with the least noise is taken. The operands of an addition share their channels, and so a chain of
     residual blocks is equalized as a whole. Only functions with ``f(e y) = e f(y)`` may lie between: none, ReLU, LeakyReLU, pooling;
     ReLU6 would clip elsewhere, so what it makes stays as it is. So do tensors with a scale per channel, which gain nothing.
 
@@ -132,7 +135,7 @@ class Statistics:
 @torch.no_grad()
 def _equalize(space: Space, seen: list[Statistics]) -> Equalized:
     ranges = [(s.largest / s.largest.max()).clamp(min=LEAST_SHARE).log() for s in seen]
-    shape = torch.stack(ranges).mean(0)
+    shape = (torch.stack(ranges).mean(0) + log(HEADROOM)).clamp(max=0)
     noises = [_noise(seen, (alpha * shape).exp()) for alpha in EXPONENTS]
     best = min(range(len(EXPONENTS)), key=noises.__getitem__)
     e = (EXPONENTS[best] * shape).exp()

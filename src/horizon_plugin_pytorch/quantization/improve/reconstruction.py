@@ -36,7 +36,6 @@ POSITIONS = 20_000
 LARGEST = 4608
 """Operators with more inputs per output (512 channels with a 3x3 kernel) only have their bias corrected: time grows with its cube."""
 
-_DAMPING = 0.01
 _FLOAT32 = 2.0**-20
 _BLOCK = 64
 
@@ -75,12 +74,13 @@ def reconstruct(
 
     1. Least squares with a ridge towards the trained weight::
 
-           W' = argmin E|(W x + r) - (W' x̂ + r̂)|² + λ |W' - W|²     λ = ridge · mean diag(H)
+           W' = argmin E|(W x + r) - (W' x̂ + r̂)|² + λ |W' - W|²     λ = ridge · (1 + 16 K / n) · mean diag(H)
               = W + (W E[(x - x̂) x̂ᵀ] + E[(r - r̂) x̂ᵀ]) (H + λ I)^-1  H = E[x̂ x̂ᵀ]
 
        It undoes the part of the rounding errors before it that can be told from x̂ (Hubara et al. 2020, "Improving Post Training
        Neural Quantization: Layer-wise Calibration and Integer Programming", section 3.1, https://arxiv.org/abs/2006.10518, in
-       closed form). The expectations are of centred values where the operator has a bias.
+       closed form). The expectations are of centred values where the operator has a bias; with n positions and K inputs, a fit to
+       few positions is trusted less.
     2. Rounding one input after the other, the error of each made up for by those still to be rounded, weighted by H (Frantar et al. 2022,
        "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", https://arxiv.org/abs/2210.17323).
        The largest weight of a channel stays at ±127, so the scale is ``max|w| / 127`` as before.
@@ -113,7 +113,9 @@ def reconstruct(
             group.weight.detach().copy_(from_matrix(group, fitted))
             if rounding:
                 scales = _scales(group)
-                rounded = round_by_columns(fitted, scales, moments.second, pinned=group.weight_quant.follows) * scales
+                damping = 0.01 + moments.scarcity
+                pinned = group.weight_quant.follows
+                rounded = round_by_columns(fitted, scales, moments.second, pinned=pinned, damping=damping) * scales
                 group.weight.detach().copy_(from_matrix(group, rounded))
         else:
             moments = _Moments(step, second=False)
@@ -154,6 +156,7 @@ class _Moments:
     """Expectations over positions, float64.
 
     Attributes:
+        scarcity: K over the number of positions.
         mean, mean_exact: of x̂ and of x, ``[groups, K]``.
         mean_residual: of r - r̂, ``[groups, C_out / groups]``, 0 without an add.
         second: H, ``[groups, K, K]``.
@@ -193,7 +196,7 @@ class _Moments:
                 sums[name] += value.double()  # type: ignore[assignment]
         means: dict[str, Any] = {name: value / count for name, value in sums.items()}
         assert centre is not None
-        self.count = count
+        self.scarcity = means["mean"].shape[1] / count
         offset, difference_mean = means["mean"], means["mean_difference"]
         self.mean: Tensor = offset + centre.squeeze(2).double()
         self.mean_exact: Tensor = self.mean + difference_mean
@@ -217,7 +220,7 @@ class _Moments:
 
 def _least_squares(weight: Tensor, moments: _Moments, ridge: float) -> Tensor:
     error = weight @ moments.cross + moments.cross_residual
-    return weight + torch.linalg.solve(_damped(moments.second, ridge), error, left=False)
+    return weight + torch.linalg.solve(_damped(moments.second, ridge * (1 + 16 * moments.scarcity)), error, left=False)
 
 
 def _damped(second: Tensor, share: float) -> Tensor:
@@ -227,7 +230,7 @@ def _damped(second: Tensor, share: float) -> Tensor:
     return second + torch.diag_embed(more.expand_as(diagonal))
 
 
-def round_by_columns(weight: Tensor, scales: Tensor, second: Tensor, *, pinned: bool) -> Tensor:
+def round_by_columns(weight: Tensor, scales: Tensor, second: Tensor, *, pinned: bool, damping: float = 0.01) -> Tensor:
     """Integers in [-127, 127] for weights, by GPTQ: columns in descending order of diag(H), errors passed on.
 
     With U the upper Cholesky factor of H^-1, rounding column i to q leaves ``e = (w_i - s q) / U_ii``, and every later column j
@@ -238,6 +241,7 @@ def round_by_columns(weight: Tensor, scales: Tensor, second: Tensor, *, pinned: 
         scales: float64 ``[groups, rows, 1]``.
         second: H, float64 ``[groups, K, K]``.
         pinned: the largest weight of each row becomes ±127 whatever was passed on to it.
+        damping: added to H's diagonal, as a share of its mean.
 
     Returns:
         float64, as `weight`.
@@ -245,7 +249,7 @@ def round_by_columns(weight: Tensor, scales: Tensor, second: Tensor, *, pinned: 
     groups, rows, size = weight.shape
     order = second.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
     across, down = order.unsqueeze(1).expand(-1, rows, -1), order.unsqueeze(2).expand(-1, -1, size)
-    h = _damped(second, _DAMPING).gather(1, down).gather(2, order.unsqueeze(1).expand(-1, size, -1))
+    h = _damped(second, damping).gather(1, down).gather(2, order.unsqueeze(1).expand(-1, size, -1))
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     w = weight.gather(2, across) / scales
     largest = w.abs().argmax(2)
