@@ -145,7 +145,8 @@ def network_table(rows: list[Row]) -> str:
 
 def _general(reason: str) -> str:
     """A reason without the names it mentions, so that equal causes count together."""
-    return re.sub(r"'[^']*'|`[^`]*`", "…", re.sub(r"\d+ times", "n times", reason))
+    reason = re.sub(r" \([^()]*:\d+\)", "", reason)  # the line of a call
+    return re.sub(r"'[^']*'", "…", re.sub(r"\d+ (times|consumers)", r"n \1", reason))
 
 
 def _cell(text: Any) -> str:

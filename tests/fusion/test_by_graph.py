@@ -498,6 +498,23 @@ def test_what_was_fused_by_name_is_left_and_the_rest_is_found(is_qat: bool) -> N
     assert run_both(fused, model, torch.randn(2, 3, 4, 4)) == 0
 
 
+def test_a_part_that_was_fused_by_name_does_not_stand_in_the_way() -> None:
+    class Plus(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.ff, self.last = nn.Conv2d(3, 3, 1), FloatFunctional(), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.ff.add(self.conv(x), x))
+
+    model = randomize(nn.Sequential(Plus(), nn.BatchNorm2d(3), nn.ReLU())).eval()
+    half = copy.deepcopy(model)
+    horizon.quantization.fuse_modules(half[0], ["conv", "ff"], inplace=True)
+    fused = fuse_fx(half)
+    assert fused.fusion_report.count() == {"ConvBNReLU2d": 1} and fused.fusion_report.untraced == []
+    assert run_both(fused, model, torch.randn(2, 3, 4, 4)) == 0
+
+
 def test_calling_a_part_of_a_fused_model_is_right_or_raises() -> None:
     """Its forward still is the user's, while its modules were fused for the whole model's graph."""
 

@@ -161,7 +161,7 @@ def judge_report(verdict: Verdict, before: oracle.Trace, report: Any) -> None:
 def judge_fused(verdict: Verdict, before: oracle.Trace, after: oracle.Trace) -> None:
     """What is left in the fused network against what should be."""
     if len(after.legal) != verdict.out_of_sight:
-        verdict.problems.append(f"{len(after.legal)} legal pairs are left after fusing, e.g. {min(after.legal)}")
+        verdict.problems.append(f"{len(after.legal)} legal pairs are left after fusing: {sorted(after.legal)[:2]}")
     if after.norm_calls != before.norm_calls - verdict.absorbed - verdict.absorbed_together:
         verdict.problems.append(
             f"{after.norm_calls} norms run in the fused network, not {before.norm_calls} less those absorbed"

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from horizon_plugin_pytorch.nn.qat import QATGroup
-from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize, WeightFakeQuantize
+from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize
+from horizon_plugin_pytorch.nn.qat.weight import WeightFakeQuantize
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
 from horizon_plugin_pytorch.quantization import (
     DeQuantStub,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from horizon_plugin_pytorch.fusion.patterns import ANCHORS, RELU, RELU6, Activation, Anchor, Pattern
 from horizon_plugin_pytorch.nn.qat import QATGroup, qat_group_class
 from horizon_plugin_pytorch.nn.qat.autograd import RoundActivation
-from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize, FakeQuantState, WeightFakeQuantize
+from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize, FakeQuantState
+from horizon_plugin_pytorch.nn.qat.weight import WeightFakeQuantize
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
 from horizon_plugin_pytorch.quantization.observers import FixedScaleObserver, MinMaxObserver
 

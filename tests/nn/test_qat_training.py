@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from horizon_plugin_pytorch.errors import QuantizationError
 from horizon_plugin_pytorch.nn.qat import QATGroup
-from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize, WeightFakeQuantize
+from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize
+from horizon_plugin_pytorch.nn.qat.weight import WeightFakeQuantize
 from horizon_plugin_pytorch.quantization import (
     FakeQuantState,
     QuantStub,

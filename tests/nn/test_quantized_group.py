@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fusion import networks
 from horizon_plugin_pytorch import qat_mode
+from horizon_plugin_pytorch.fusion import patterns
 from horizon_plugin_pytorch.nn.qat.group import QATGroup
 from horizon_plugin_pytorch.nn.quantized import FloatFunctional
 from horizon_plugin_pytorch.nn.quantized.group import QuantizedGroup
@@ -26,7 +27,7 @@ from horizon_plugin_pytorch.quantization import (
     prepare_qat_fx,
 )
 from nn import numerics
-from quantization.roads import by_name, call, differing
+from quantization.roads import by_graph, by_name, call, differing, forms, sqnr
 
 ACTIVATIONS: dict[str, tuple[str | None, Callable[[], nn.Module] | None]] = {
     "none": (None, None),
@@ -165,3 +166,93 @@ def test_qat_int8_and_the_numerics_agree(kind: str, norm: str, data: st.DataObje
     )
     actual = out.payload.numpy() if isinstance(out, QTensor) else out.numpy()
     assert int((actual != expected).sum()) == 0
+
+
+@st.composite
+def depthwise(draw: st.DrawFn, dims: int) -> tuple[nn.Module, Tensor]:
+    """A convolution, a depthwise one with a channel multiplier, and another; channels of very different size."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    channels, multiplier = draw(st.integers(2, 5)), draw(st.integers(1, 3))
+    kernel, stride, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    mode = draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]))
+    options: dict[str, Any] = dict(padding=draw(st.integers(0, 1)), dilation=dilation, padding_mode=mode)
+    middle: nn.Module = conv(channels, channels * multiplier, kernel, stride, groups=channels, **options)
+    if mode == "zeros" and draw(st.booleans()):
+        up = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+        middle = up(channels, channels * multiplier, kernel, stride, groups=channels, dilation=dilation)
+    first = conv(2, channels, 1)
+    with torch.no_grad():
+        size = torch.logspace(-3, 3, channels)[torch.randperm(channels)]
+        first.weight.mul_(size.view(-1, *[1] * (dims + 1)))
+        first.bias.mul_(size)
+    activation = draw(st.sampled_from([None, nn.ReLU(), nn.ReLU6(), nn.Dropout(0.5)]))
+    layers = [first, activation, middle, draw(st.sampled_from([None, nn.ReLU()])), conv(channels * multiplier, 2, 1)]
+    x = torch.randn(2, 2, *[6] * dims)
+    return nn.Sequential(*(m for m in layers if m is not None)).eval(), x.abs() if draw(st.booleans()) else x
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@settings(max_examples=15)
+@given(data=st.data())
+def test_scales_per_channel_before_depthwise(dims: int, data: st.DataObject) -> None:
+    net, x = data.draw(depthwise(dims))
+    qat = prepare_qat_fx(net, example_inputs=x)
+    calibrate(qat, [x], progress=False)
+    int8 = convert_fx(qat)
+    assert differing(call(int8, x), call(qat, x)) == 0
+    seen = record(int8, QuantizedGroup, x)
+    assert len(seen) == 3
+    first = next(iter(seen.values()))
+    assert first[1].scale.dim() == 1
+    for name, ((x_in, *_), out) in seen.items():
+        module, source = int8.get_submodule(name), qat.get_submodule(name)
+        expected = numerics.group(
+            source.anchor, None, x_in.payload, x_in.scale, s_y=module.scale, dtype=module.dtype8,
+            activation=None if module.pattern.activation is None else module.pattern.activation.label.lower(),
+        )  # fmt: skip
+        actual = out.payload.numpy() if isinstance(out, QTensor) else out.numpy()
+        assert int((actual != expected).sum()) == 0
+
+
+class Clip(nn.Module):
+    """A user's own activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.clamp(x + 0.5, -1.0, 2.0) * 0.5
+
+
+@pytest.fixture
+def clip() -> Any:
+    row = patterns.register_activation(Clip, "Clip")
+    yield row
+    patterns.ACTIVATIONS.remove(row)
+
+
+@pytest.mark.parametrize("road", ["by name", "by graph"])
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_registered_activation(clip: Any, road: str, tail: bool) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.quant, self.dequant = QuantStub(), DeQuantStub()
+            self.conv, self.bn, self.ff, self.act = (
+                nn.Conv2d(3, 3, 3, padding=1),
+                nn.BatchNorm2d(3),
+                FloatFunctional(),
+                Clip(),
+            )
+            self.last = nn.Conv2d(3, 2, 1) if tail else nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.quant(x)
+            return self.dequant(self.last(self.act(self.ff.add(self.bn(self.conv(x)), x))))
+
+    net, x = networks.randomize(Own()).eval(), torch.randn(2, 3, 8, 8)
+    expected = call(net, x)
+    if road == "by name":
+        _, int8 = by_name(net, [["conv", "bn", "ff", "act"]], x)
+    else:
+        _, int8 = by_graph(net, x)
+    assert "QuantizedConvAddClip2d" in forms(int8).values()
+    assert sqnr(call(int8, x), expected) > 30

@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from horizon_plugin_pytorch.fusion import calls, operators, patterns
 from horizon_plugin_pytorch.nn.intrinsic import FusedGroup, Handoff
-from horizon_plugin_pytorch.nn.intrinsic.handoff import AnchorInput
+from horizon_plugin_pytorch.nn.intrinsic.handoff import AnchorInput, refuse_escaped
 
 _LIBRARIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
 
@@ -88,7 +88,7 @@ class FusionTracer(fx.Tracer):
             if is_known(m) or isinstance(m, FusedGroup):
                 self._interesting += 1
             return super().call_module(m, forward, args, kwargs)
-        if hooks := [table for table in patterns.HOOK_TABLES if getattr(m, table, None)]:
+        if hooks := [t for t in patterns.HOOK_TABLES if any(h is not refuse_escaped for h in getattr(m, t).values())]:
             self.left_whole[path] = f"it has {hooks[0].strip('_').replace('_', ' ')}, which see its inputs or outputs"
             return self._call_whole(path, args, kwargs, overwrites=True)
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from horizon_plugin_pytorch.errors import QuantizationError
-from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize, WeightFakeQuantize
+from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize
+from horizon_plugin_pytorch.nn.qat.weight import WeightFakeQuantize
 from horizon_plugin_pytorch.quantization.observers import make_observer
 
 

@@ -1,4 +1,4 @@
-"""QAT forms of the fused modules: ``horizon.nn.qat.ConvBNReLU2d``, …, one for every pattern and for the bare anchors."""
+"""QAT forms of the fused modules: ``horizon.nn.qat.ConvBNReLU2d``, …, one for every pattern and the bare anchors."""
 
 from __future__ import annotations
 

@@ -1,17 +1,18 @@
 """Straight-through quantization for training.
 
-Forward rounds; backward passes the gradient on where nothing was clipped (Bengio et al. 2013, "Estimating or Propagating Gradients
-Through Stochastic Neurons for Conditional Computation", https://arxiv.org/abs/1308.3432). The integers stay integers, in a
-floating-point tensor: a consumer multiplies by the scale after its convolution, so the gradient of the integers is the value's
-times the scale.
+Forward rounds; backward passes the gradient on where nothing was clipped (Bengio et al. 2013, "Estimating or Propagating
+Gradients Through Stochastic Neurons for Conditional Computation", https://arxiv.org/abs/1308.3432). The integers stay
+integers, in a floating-point tensor: a consumer multiplies by the scale after its convolution, so the gradient of the
+integers is the value's times the scale.
 
-A learned scale (Esser et al. 2020, "Learned Step Size Quantization", https://arxiv.org/abs/1902.08153) gets all of its gradient
-where the rounding is: with ``z = x / s`` and the value ``v = q * s`` it is the sum of ``dL/dv * (q - z)``, or of ``dL/dv * q`` where
-``q`` was clipped. Consumers take scales as constants. (Left to the chain rule the two terms would come from different places, each
-some hundred times larger than their difference, which a convolution in bfloat16 has no digits for.)
+A learned scale (Esser et al. 2020, "Learned Step Size Quantization", https://arxiv.org/abs/1902.08153) gets all of its
+gradient where the rounding is: with ``z = x / s`` and the value ``v = q * s`` it is the sum of ``dL/dv * (q - z)``, or of
+``dL/dv * q`` where ``q`` was clipped. Consumers take scales as constants. (Left to the chain rule the two terms would come
+from different places, each some hundred times larger than their difference, which a convolution in bfloat16 has no digits
+for.)
 
-What backward needs is kept small: a byte per element of an activation, and of a weight nothing that is not there anyway. Only the
-learned scale of an activation needs the unrounded values.
+What backward needs is kept small: a byte per element of an activation, and of a weight nothing that is not there anyway.
+Only the learned scale of an activation needs the unrounded values.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor
 
 WEIGHT_UNIT = 2.0**-15
-"""Integer weights are carried times this in training, so that sums of 8-bit products stay inside float16's range; a power of two
-changes no result otherwise."""
+"""Integer weights are carried times this in training, so that sums of 8-bit products stay inside float16's range; a power
+of two changes no result otherwise."""
 LEAST_POSITIVE = torch.finfo(torch.float32).tiny
 
 
@@ -66,21 +67,22 @@ class RoundActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         saved, s = ctx.saved_tensors
-        lo, hi, relu, bound = ctx.limits
         grad = grad.float() / s
-        passes, grad_s = saved, None
-        if ctx.learned:
-            passes = _passes(saved, s, *ctx.limits)
-            q = _round(saved.clone(), s, lo, hi, bound)
-            z = saved.clamp(min=0) if relu else saved
-            z = z if bound is None else torch.minimum(z, bound / s)
-            grad_s = (grad * (q - z * ((z > lo - 0.5) & (z < hi + 0.5)))).sum_to_size(s.shape)
-        return grad.mul_(passes), grad_s, *[None] * 6
+        if not ctx.learned:
+            return grad.mul_(saved), *[None] * 7
+        lo, hi, relu, bound = ctx.limits
+        q = _round(saved.clone(), s, lo, hi, bound)
+        z = saved.clamp(min=0) if relu else saved
+        z = z if bound is None else torch.minimum(z, bound / s)
+        error = q - z * ((z > lo - 0.5) & (z < hi + 0.5))
+        return grad * _passes(saved, s, *ctx.limits), (grad * error).sum_to_size(s.shape), *[None] * 6
 
 
 def _passes(z: Tensor, s: Tensor, lo: int, hi: int, relu: bool, bound: float | None) -> Tensor:
-    """int8: 1 where the gradient of ``z = x / s`` passes, else 0. (Comparing into a float tensor and multiplying by int8 is many
-    times faster on a CPU than anything with booleans.)"""
+    """int8: 1 where the gradient of ``z = x / s`` passes, else 0.
+
+    On a CPU, comparing into a float tensor and multiplying by int8 is several times faster than either with booleans.
+    """
     low = LEAST_POSITIVE if relu else lo - 0.5
     if bound is None:
         kept = z.clamp(low, hi + 0.5)

@@ -63,7 +63,7 @@ def set_fake_quantize(model: nn.Module, state: FakeQuantState) -> None:
         module.state = state
 
 
-class FakeQuantize(HasScale, MakesIntegers):
+class FakeQuantize(HasScale, MakesIntegers):  # type: ignore[misc]  # there, None is a scale, too
     """Quantizes an activation with an observed, fixed or learned scale.
 
     Args:

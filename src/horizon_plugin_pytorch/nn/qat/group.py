@@ -1,8 +1,8 @@
 """A fused group in training: the float group with its weight and its output quantized.
 
-In training mode the convolution runs on integer-valued tensors and the epilogue on its result, with straight-through gradients;
-in eval mode the group runs the integer arithmetic that it converts to. The norm, if kept, normalizes with batch statistics in
-training and is absorbed into the weight's scale and the bias in eval; nothing is ever divided by gamma.
+In training mode the convolution runs on integer-valued tensors and the epilogue on its result, with straight-through
+gradients; in eval mode the group runs the integer arithmetic that it converts to. The norm, if kept, normalizes with batch
+statistics in training and is absorbed into the weight's scale and the bias in eval; nothing is ever divided by gamma.
 """
 
 from __future__ import annotations
@@ -15,14 +15,9 @@ from torch import Tensor
 from horizon_plugin_pytorch.fusion.patterns import RELU, RELU6, Pattern
 from horizon_plugin_pytorch.nn.intrinsic.group import FusedGroup
 from horizon_plugin_pytorch.nn.qat.autograd import WEIGHT_UNIT, Affine
-from horizon_plugin_pytorch.nn.qat.fake_quantize import (
-    FakeQuantize,
-    FakeQuantState,
-    WeightFakeQuantize,
-    in_floating_point,
-    in_integers,
-    without_autocast,
-)
+from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize, FakeQuantState
+from horizon_plugin_pytorch.nn.qat.modes import in_floating_point, in_integers, without_autocast
+from horizon_plugin_pytorch.nn.qat.weight import WeightFakeQuantize
 from horizon_plugin_pytorch.nn.quantized.group import CLAMPS, Geometry, freeze, require_quantized, run_group
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor, dequantize
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from horizon_plugin_pytorch.errors import QuantizationError
-from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize, FakeQuantState, in_integers, without_autocast
+from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize, FakeQuantState
+from horizon_plugin_pytorch.nn.qat.modes import in_integers, without_autocast
 from horizon_plugin_pytorch.nn.quantized import operators
 from horizon_plugin_pytorch.nn.quantized.group import require_quantized
 from horizon_plugin_pytorch.nn.quantized.operation import hold_parameters, run_operator

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from horizon_plugin_pytorch.nn.qat.fake_quantize import _channels_first
 from horizon_plugin_pytorch.nn.qat.group import QATGroup
+from horizon_plugin_pytorch.nn.qat.weight import channels_first
 
 
 def weight_matrix(group: QATGroup) -> Tensor:
     """W, in float64."""
     axis, groups = group._layout
-    weight = _channels_first(group.weight.detach().double(), axis, groups)
+    weight = channels_first(group.weight.detach().double(), axis, groups)
     if axis == 1:
         weight = weight.flip(tuple(range(2, weight.dim())))
     return weight.flatten(1).unflatten(0, (groups, -1))
