@@ -27,4 +27,5 @@ __getattr__, __dir__, __all__ = lazy_names(
         f"{_HERE}.report": ["QuantizationReport"],
         f"{_HERE}.stubs": ["DeQuantStub", "QuantStub"],
     },
+    submodules=["improve"],
 )

@@ -52,10 +52,11 @@ def equalize(model: nn.Module, data: Iterable[Any], *, progress: bool = True) ->
         noise = Σ_readers  step(e)²/12 · Σ_c e[c]² |W_c|²  +  Σ_o step_o(e)²/12 · taps · Σ_c E[y_c²] / e[c]²
         step(e) = max_c(r[c] / e[c]) / 255 (127 with negative values)      step_o(e) = max_c |W_oc e[c]| / 127
 
-    The headroom h leaves room for data that were not seen: a channel's own extremes come from few values, and with h = 1 and α = 1 each one
-    of them would be a limit. For each `Space` the α in `EXPONENTS` with the least noise is taken. The operands of an addition share their channels, and so a chain of
-    residual blocks is equalized as a whole. Only functions with ``f(e y) = e f(y)`` may lie between: none, ReLU, LeakyReLU, pooling;
-    ReLU6 would clip elsewhere, so what it makes stays as it is. So do tensors with a scale per channel, which gain nothing.
+    The headroom h leaves room for data that were not seen: a channel's own extremes come from few values, and with h = 1 and α = 1
+    each one of them would be a limit. For each `Space` the α in `EXPONENTS` with the least noise is taken. The operands of an
+    addition share their channels, and so a chain of residual blocks is equalized as a whole. Only functions with
+    ``f(e y) = e f(y)`` may lie between: none, ReLU, LeakyReLU, pooling; ReLU6 would clip elsewhere, so what it makes stays as it
+    is. So do tensors with a scale per channel, which gain nothing.
 
     Args:
         model: from `prepare_qat_fx`, before `calibrate`; changed in place.
