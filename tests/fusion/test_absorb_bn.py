@@ -65,7 +65,7 @@ def test_values_channel_by_channel(kind: str) -> None:
         assert row is not None
         fused = copy.deepcopy(anchor)
         absorb_into(row, fused, norm_tensors(norm), norm.eps)
-        weight, bias = fused.weight, fused.bias
+        weight, bias = fused.weight.detach(), fused.bias.detach()
         assert weight.shape == anchor.weight.shape and weight.dtype == bias.dtype == dtype
         for c in range(row.out_channels(anchor)):
             gamma = float(norm.weight[c]) if norm.weight is not None else 1.0
@@ -74,9 +74,9 @@ def test_values_channel_by_channel(kind: str) -> None:
             offset = float(anchor.bias[c]) if anchor.bias is not None else 0.0
             exact = k * (offset - float(norm.running_mean[c])) + beta
             scale = abs(k) * (abs(offset) + abs(float(norm.running_mean[c]))) + abs(beta)
-            assert abs(float(bias[c]) - exact) <= torch.finfo(dtype).eps * abs(exact) * 0.5001 + 1e-15 * scale
+            assert abs(float(bias[c]) - exact) <= torch.finfo(dtype).eps * abs(exact) * 0.5001 + 4e-15 * scale
             before, after = (weight_of_channel(anchor, w, c).flatten() for w in (anchor.weight, weight))
-            tolerance = 2.0 if dtype == torch.float64 else 0.5001  # rounded once
+            tolerance = 4.0 if dtype == torch.float64 else 0.5001  # rounded once
             assert all(ulps(a, k * float(b)) <= tolerance for a, b in zip(after, before, strict=True))
 
     check()

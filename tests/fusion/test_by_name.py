@@ -633,6 +633,16 @@ def test_what_the_forward_stores_does_not_get_traced_values() -> None:
     assert run_both(fused, net, torch.randn(2, 4, 3, 3)) == 0
 
 
+def test_returned_through_pytorchs_function_it_raises_when_it_is_used() -> None:
+    """There nothing of ours sees the model, so what is returned is a value that raises whatever is done with it."""
+    net = Elsewhere(USES_OF_THE_VALUE["returned in a tuple"])
+    fused = torch.quantization.fuse_modules(net, ["conv", "bn", "ff", "relu"], fuser_func=fuse_known_modules)
+    _, value = fused(torch.randn(2, 4, 4, 4))
+    for use in (lambda: value + 1, lambda: value.shape, lambda: torch.relu(value), lambda: value > 0):
+        with pytest.raises(FusionError, match="was fused into the add"):
+            use()
+
+
 METHODS: dict[str, Callable[..., Any]] = {
     "add_scalar": lambda ff, x, y: ff.add_scalar(y, 1.0),
     "mul": lambda ff, x, y: ff.mul(x, y),

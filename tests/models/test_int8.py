@@ -113,7 +113,7 @@ def test_a_well_conditioned_network_loses_little() -> None:
     assert sqnr(call(int8, x), expected) > 18
 
 
-@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/mobilenet_v2", "pytorchcv/igcv3_wd4"])
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/mobilenet_v2"])
 def test_every_group_is_within_half_a_step_of_the_formula(name: str) -> None:
     """In float64: the dequantized weights and inputs, convolved, plus bias and residual, activated, clamped; then compared."""
     model = zoo.build(name)

@@ -153,8 +153,9 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@QCONFIG
-@pytest.mark.parametrize("keep_bn", [True, False], ids=["bn kept", "bn absorbed"])
+@pytest.mark.parametrize(
+    ("qconfig", "keep_bn"), [(QCONFIGS["min_max"], True), (LSQ, False)], ids=["min_max, bn kept", "lsq, bn absorbed"]
+)
 def test_compiled_steps(qconfig: Any, keep_bn: bool, fresh_compiler: None) -> None:
     """One graph without a break, compiled once, and the same state after every step."""
     model = prepare(qconfig=qconfig, keep_bn=keep_bn)

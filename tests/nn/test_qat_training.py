@@ -178,6 +178,21 @@ def test_training_without_a_scale() -> None:
         loss_of(prepare(calibrated=False).eval(), data())
 
 
+def test_what_inference_mode_leaves_can_be_trained() -> None:
+    model = prepare(calibrated=False)
+    with torch.inference_mode():
+        model(data())
+        model(data())
+    step(model, torch.optim.SGD(model.parameters(), 0.1), data())
+    assert all_finite(model)
+    learned = prepare(qconfig=LSQ, calibrated=False).eval()
+    with torch.inference_mode():
+        calibrate(learned, [data()], progress=False)
+    set_fake_quantize(learned.train(), FakeQuantState.QAT)
+    step(learned, torch.optim.SGD(learned.parameters(), 0.1), data())
+    assert all_finite(learned)
+
+
 def test_states() -> None:
     network = Network()
     model = prepare(network, keep_bn=False)

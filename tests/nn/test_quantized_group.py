@@ -124,7 +124,7 @@ def cases(draw: st.DrawFn, kind: str, norm: str) -> tuple[Net, tuple[Tensor, ...
 
 
 @pytest.mark.parametrize(("kind", "norm"), [(a, n) for a, n in networks.ANCHOR_AND_NORM if n != "FrozenBatchNorm2d"])
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_qat_int8_and_the_numerics_agree(kind: str, norm: str, data: st.DataObject) -> None:
     net, inputs, by_hand, keep, dtype, _ = data.draw(cases(kind, norm))
@@ -193,7 +193,7 @@ def depthwise(draw: st.DrawFn, dims: int) -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_scales_per_channel_before_depthwise(dims: int, data: st.DataObject) -> None:
     net, x = data.draw(depthwise(dims))

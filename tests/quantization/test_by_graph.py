@@ -26,6 +26,22 @@ def close(actual: Any, expected: Any, least: float) -> None:
             assert x == y
 
 
+def run(model: nn.Module, item: Any) -> Any:
+    return model(**item) if isinstance(item, dict) else model(*item) if isinstance(item, tuple) else model(item)
+
+
+def trains(qat: nn.Module, item: Any) -> None:
+    """A forward in training mode, fake quantization in floating point, is what the integers of evaluation are; gradients flow."""
+    expected = call(qat, item)
+    set_fake_quantize(qat, FakeQuantState.QAT)
+    actual = run(qat.train(), copy.deepcopy(item))
+    close(actual, expected, least=45)
+    sum(t.square().sum() for t in tree_leaves(actual) if isinstance(t, Tensor) and t.requires_grad).backward()
+    gradients = {n: p.grad for n, p in qat.named_parameters() if p.grad is not None}
+    assert gradients and all(bool(g.isfinite().all()) for g in gradients.values())
+    qat.eval()
+
+
 @pytest.mark.parametrize("shapes", [True, False], ids=["shapes known", "shapes unknown"])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_program(name: str, shapes: bool) -> None:
@@ -37,9 +53,10 @@ def test_program(name: str, shapes: bool) -> None:
     qat, int8 = by_graph(model, item, shapes=shapes)
     close(call(int8, item), expected, least=27)
     used = copy.deepcopy(item)
-    with torch.no_grad():
-        int8(**used) if isinstance(used, dict) else int8(*used) if isinstance(used, tuple) else int8(used)
+    run(int8, used)
     assert differing(used, item) == 0
+    if name != "dropout":
+        trains(qat, item)
     set_fake_quantize(qat, FakeQuantState.FLOAT)
     close(call(qat, item), expected, least=90)  # what prepare rewrote is the same function
     if "float" in expect and shapes:

@@ -243,9 +243,9 @@ def test_mapping_overrides_a_form() -> None:
         def forward(self, x: Any) -> Tensor:
             return self.module(x)
 
-    net = Net(lambda m, x: m.dequant(m.a(m.quant(x))))
-    qat = prepare_qat(net.eval(), mapping={nn.Conv2d: Mine})
-    assert isinstance(qat.a, Mine) and qat.a.seen is not None
+    net = Net(lambda m, x: m.dequant(m.norm(m.a(m.quant(x)))), norm=nn.GroupNorm(2, 4))
+    qat = prepare_qat(net.eval(), mapping={nn.Conv2d: Mine, nn.GroupNorm: Mine})
+    assert isinstance(qat.a, Mine) and qat.a.seen is not None and isinstance(qat.norm, Mine)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------------------
@@ -258,6 +258,10 @@ ERRORS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "in place": (
         lambda: Net(lambda m, x: (lambda y: m.dequant(m.b(m.ff.add(m.act(y), y))))(m.a(m.quant(x))), act=nn.ReLU(inplace=True)),
         "'act' works in place.*'ff'.*inplace=False",
+    ),
+    "prepared already": (
+        lambda: prepare_qat(Net(lambda m, x: m.dequant(m.a(m.quant(x)))).eval()),
+        "prepare_qat: the model is prepared already",
     ),
     "double": (lambda: Net(lambda m, x: m.dequant(m.a(m.quant(x)))).double(), r"a\.weight is torch\.float64"),
 }  # fmt: skip

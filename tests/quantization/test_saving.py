@@ -196,6 +196,17 @@ def test_int8_state_holds_integers_and_scales_only(road: Any) -> None:
             assert tensor.dtype == torch.int8
 
 
+def test_int8_state_with_groups_left_in_float() -> None:
+    config = {"module_name": [("a", None), ("shared", None), ("fc", None)]}
+    qat = calibrate(prepared_by_graph(randomized(ByGraph()), qconfig_dict=config), [item()], progress=False)
+    int8 = convert(qat)
+    float_keys = {"a.weight", "a.bias", "shared.weight", "shared.bias", "fc.weight", "fc.bias"}
+    assert float_keys <= set(int8.state_dict()) and not any("call_1" in k for k in int8.state_dict())
+    other = convert(calibrate(prepared_by_graph(ByGraph(), qconfig_dict=config), [item(3)], progress=False))
+    other.load_state_dict(through_a_file(int8.state_dict()), strict=True)
+    assert differing(call(other, item(1)), call(int8, item(1))) == 0
+
+
 @pytest.mark.parametrize("twin", [copy.deepcopy, pickled, saved])
 @pytest.mark.parametrize("stage", ["prepared", "calibrated", "int8"])
 def test_copies(road: Any, twin: Callable[[nn.Module], nn.Module], stage: str) -> None:

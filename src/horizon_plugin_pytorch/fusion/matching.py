@@ -163,7 +163,7 @@ class Matcher:
         if node.op == "call_function":
             return node.target is F.dropout and node.kwargs.get("training") is False and not self.keep_bn
         module = self.module_of(node)
-        if module is None or any(getattr(module, table, None) for table in p.HOOK_TABLES):
+        if module is None or p.has_hooks(module):
             return False
         if p.computes_as(module, nn.Identity):
             return True
@@ -413,7 +413,7 @@ class Matcher:
             return f"its operands differ in dtype: {ours['dtype']} and {theirs['dtype']} ({self.name(other)!r})"
         for part in (match.anchor, match.norm.node if match.norm else None):
             module = self.module_of(part) if part is not None else None
-            if module is not None and any(getattr(module, table, None) for table in p.HOOK_TABLES):
+            if module is not None and p.has_hooks(module):
                 return f"a hook on {self.name(part)!r} observes a value inside the group"  # type: ignore[arg-type]
         # The anchor will run where the add is: nothing may overwrite its input before.
         storages = {self.storage(source) for source in match.anchor.all_input_nodes}

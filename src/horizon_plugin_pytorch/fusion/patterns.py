@@ -298,9 +298,9 @@ def functional_reason(functional: nn.Module) -> str | None:
 HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def has_hooks(module: nn.Module, but: str = "") -> bool:
-    """Whether forward or backward hooks are on `module`, those of the table `but` aside."""
-    return any(getattr(module, table, None) for table in HOOK_TABLES if table != but)
+def has_hooks(module: nn.Module) -> bool:
+    """Whether forward or backward hooks are on `module`."""
+    return any(getattr(module, table) for table in HOOK_TABLES)
 
 
 def hook_reason(first: nn.Module, middle: list[nn.Module], last: nn.Module) -> str | None:

@@ -12,7 +12,7 @@ from horizon_plugin_pytorch.backends import reference
 from horizon_plugin_pytorch.errors import QuantizationError
 from horizon_plugin_pytorch.fusion.patterns import Pattern, norm_values_reason
 from horizon_plugin_pytorch.nn import quantized
-from horizon_plugin_pytorch.nn.checkpoint import GuestKeys
+from horizon_plugin_pytorch.nn.checkpoint import GuestKeys, NormKeys
 from horizon_plugin_pytorch.nn.intrinsic.assemble import replace_module
 from horizon_plugin_pytorch.nn.intrinsic.group import move_hooks
 from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize
@@ -65,9 +65,9 @@ def convert(
             if isinstance(module, QATGroup):
                 constants[module] = _freeze(name, module)
         result = _convert_modules(model, constants, mapping or {})
-    for module in result.modules():
-        _drop_guest_keys(module)
-        if remove_qconfig:
+    _drop_guest_keys(result)
+    if remove_qconfig:
+        for module in result.modules():
             module.__dict__.pop("qconfig", None)
     result.quantization_report = report_of(result)  # type: ignore[assignment]
     return result
@@ -101,13 +101,19 @@ def _convert_modules(model: nn.Module, constants: Constants, mapping: dict[type[
     return model
 
 
-def _drop_guest_keys(module: nn.Module) -> None:
-    """A converted model has its own checkpoint keys: places of fused modules no longer save what moved into a group."""
-    for table in ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"):
-        hooks = getattr(module, table)
-        for key, hook in list(hooks.items()):
-            if isinstance(getattr(getattr(hook, "hook", hook), "__self__", None), GuestKeys):
-                del hooks[key]
+def _drop_guest_keys(model: nn.Module) -> None:
+    """The places of modules that became integers no longer save their float tensors, nor wait for them."""
+    left = set(model.modules())
+    for module in model.modules():
+        for table in ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"):
+            hooks = getattr(module, table)
+            for key, hook in list(hooks.items()):
+                keys = getattr(getattr(hook, "hook", hook), "__self__", None)
+                if (
+                    isinstance(keys, GuestKeys)
+                    and (keys.anchor if isinstance(keys, NormKeys) else keys.guest) not in left
+                ):
+                    del hooks[key]
 
 
 def convert_fx(

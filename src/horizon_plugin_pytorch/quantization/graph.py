@@ -25,7 +25,7 @@ from horizon_plugin_pytorch.quantization.qconfig import QConfig, Resolver, defau
 def prepare_parts(model: nn.Module, resolver: Resolver, report: FusionReport) -> nn.Module:
     """Prepare a fused model, in place: its traced parts, and the anchors and stubs that untraced code calls."""
     names = {group.name: group.modules for group in report.groups}
-    for path, part in list(graph_parts(model)):
+    for path, part in {id(part): (path, part) for path, part in graph_parts(model)}.values():
         prepare_graph(part, path, resolver, names)
     for path, module in list(_called_by_untraced(model, report)):
         qconfig = resolver((path,), forms.types_of(module))
@@ -110,7 +110,7 @@ def prepare_graph(gm: fx.GraphModule, path: str, resolver: Resolver, parts: dict
             )
     flow = flow_of(graph, modules, candidates, floats, held, has_stubs=bool(stubs))
 
-    _insert_stubs(gm, flow, modules, candidates, floats, set(held))
+    _insert_stubs(gm, path, flow, modules, candidates, floats, set(held))
     _insert_dequantization(gm, flow, modules)
     for node in list(graph.nodes):
         module = dataflow.module_of(node, modules)
@@ -180,6 +180,7 @@ def _twin(module: nn.Module) -> nn.Module:
 
 def _insert_stubs(
     gm: fx.GraphModule,
+    path: str,
     flow: Flow,
     modules: Modules,
     candidates: dict[fx.Node, Candidate],
@@ -198,13 +199,14 @@ def _insert_stubs(
             # What is overwritten later is quantized where it is read.
             key = (source, node) if source in held else (source,)
             if key not in stubs:
-                stubs[key] = _new_stub(gm, key, flow, modules, candidates[node].qconfig)
+                stubs[key] = _new_stub(gm, path, key, flow, modules, candidates[node].qconfig)
             node.replace_input_with(source, stubs[key])
 
 
 def _new_stub(
-    gm: fx.GraphModule, key: tuple[fx.Node, ...], flow: Flow, modules: Modules, qconfig: QConfig | None
+    gm: fx.GraphModule, path: str, key: tuple[fx.Node, ...], flow: Flow, modules: Modules, qconfig: QConfig | None
 ) -> fx.Node:
+    """A QuantStub for ``key[0]``, for all readers or only for ``key[1]``."""
     source, graph = key[0], gm.graph
     users = [key[1]] if len(key) > 1 else [u for u in source.users if u in flow.quantized]
     per_channel = all(dataflow.is_depthwise_input(u, source, modules) for u in users)
@@ -212,7 +214,8 @@ def _new_stub(
     while hasattr(gm, name):
         name += "_"
     assert qconfig is not None
-    gm.add_module(name, forms.quant_stub(qconfig, name, per_channel=per_channel).train(gm.training))
+    full = f"{path}.{name}" if path else name
+    gm.add_module(name, forms.quant_stub(qconfig, full, per_channel=per_channel).train(gm.training))
     modules[name] = gm.get_submodule(name)
     with graph.inserting_before(key[1]) if len(key) > 1 else graph.inserting_after(source):
         stub = graph.call_module(name, (source,))

@@ -30,70 +30,20 @@ ADAPTIVE_POOLS: dict[Any, int] = {F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2
 
 NONNEGATIVE_FUNCTIONS: frozenset[Any] = frozenset(
     {
-        F.relu,
-        torch.relu,
-        "relu",
-        F.relu6,
-        F.sigmoid,
-        torch.sigmoid,
-        "sigmoid",
-        F.hardsigmoid,
-        F.softplus,
-        torch.abs,
-        "abs",
+        *(F.relu, F.relu_, F.relu6, F.sigmoid, F.hardsigmoid, F.softplus),
+        *(torch.relu, torch.relu_, torch.sigmoid, torch.abs, torch.exp, torch.square),
+        *"relu relu_ sigmoid sigmoid_ abs exp square".split(),
     }
-    | {torch.exp, "exp", torch.square, "square"}
 )
 ELEMENTWISE_FUNCTIONS: frozenset[Any] = NONNEGATIVE_FUNCTIONS | frozenset(
-    {F.silu, F.hardswish, F.leaky_relu, F.gelu, F.elu, F.selu, F.celu, F.tanh, torch.tanh, "tanh", F.mish, F.softsign}
-    | {
-        F.hardtanh,
-        torch.clamp,
-        "clamp",
-        "clamp_",
-        torch.clip,
-        "clip",
-        "clip_",
-        torch.clamp_min,
-        "clamp_min",
-        "clamp_min_",
+    {
+        *(F.silu, F.hardswish, F.leaky_relu, F.gelu, F.elu, F.selu, F.celu, F.tanh, F.mish, F.softsign, F.logsigmoid),
+        *(F.hardtanh, torch.clamp, torch.clip, torch.clamp_min, torch.clamp_max, torch.tanh, torch.neg, torch.sin),
+        *(torch.cos, torch.pow, torch.add, torch.sub, torch.mul, torch.div, fusion_operators.assign),
+        *(getattr(python_operator, name) for name in "add sub mul truediv neg pow iadd isub imul itruediv".split()),
+        *"tanh tanh_ neg sin cos clamp clamp_ clip clip_ clamp_min clamp_min_ clamp_max pow".split(),
+        *"add add_ sub sub_ mul mul_ div div_".split(),
     }
-    | {
-        torch.clamp_max,
-        "clamp_max",
-        "relu_",
-        F.relu_,
-        torch.relu_,
-        "sigmoid_",
-        "tanh_",
-        torch.neg,
-        "neg",
-        python_operator.neg,
-    }
-    | {torch.pow, "pow", python_operator.pow, torch.sin, "sin", torch.cos, "cos", F.logsigmoid}
-    | {
-        python_operator.sub,
-        torch.sub,
-        "sub",
-        python_operator.truediv,
-        torch.div,
-        "div",
-        "div_",
-        "sub_",
-        "add",
-        "add_",
-        "mul",
-    }
-    | {
-        python_operator.add,
-        torch.add,
-        python_operator.mul,
-        torch.mul,
-        python_operator.iadd,
-        python_operator.imul,
-        "mul_",
-    }
-    | {python_operator.itruediv, python_operator.isub, fusion_operators.assign}
 )
 """Functions that are elementwise in one tensor, all other arguments being constants; those that are undefined for some numbers
 (log, sqrt) are not among them, for a table has an entry for every integer, whether it occurs or not."""
@@ -141,7 +91,7 @@ def modularize(gm: fx.GraphModule, held: Collection[fx.Node] = ()) -> set[fx.Nod
         if node.op == "call_module" and not any(True for _ in modules[str(node.target)].parameters()):
             node.meta["moves"] = dataflow.only_moves(modules[str(node.target)])
         if node.op == "call_module" and (elementwise := _elementwise_module(modules[str(node.target)])):
-            read: Read | None = (elementwise, node.args[:1], node)
+            read: Read | None = (elementwise, (dataflow.first_argument(node),), node)
             name = str(node.target)
         else:
             read, name = read_operator(node, modules), ""
@@ -282,8 +232,10 @@ def _elementwise_module(module: nn.Module) -> ops.Elementwise | None:
         return None
     for node in body:
         if node.op == "call_module":
-            if not dataflow.computes_as(children[str(node.target)], ELEMENTWISE):
-                return None
-        elif node.op == "get_attr" or node.target not in ELEMENTWISE_FUNCTIONS | MULS | fusion_operators.ADDS:
+            fits = dataflow.computes_as(children[str(node.target)], ELEMENTWISE)
+        else:
+            read = read_operator(node, children)
+            fits = read is not None and isinstance(read[0], (ops.Elementwise, ops.Add, ops.Mul))
+        if not fits:
             return None
     return ops.Elementwise(module)

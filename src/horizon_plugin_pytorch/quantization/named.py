@@ -94,9 +94,8 @@ def outputs_of(model: nn.Module, qconfigs: Mapping[str, QConfig | None]) -> Outp
     plans: dict[str, OutputPlan] = {}
     for node in (*candidates, *flow.quantized):
         path, plan = str(node.target), flow.plans.get(node, OutputPlan())
-        plans[path] = (
-            plan if plans.get(path, plan) == plan else OutputPlan()
-        )  # called in several ways: nothing is assumed
+        # Called in several ways: nothing is assumed.
+        plans[path] = plan if plans.get(path, plan) == plan else OutputPlan()
     called = {id(modules[str(n.target)]) for n in graph.nodes if n.op == "call_module"}
     whole = tuple(f"{path}." for path in tracer.left_whole)
     unused = [path for path in qconfigs if id(modules[path]) not in called and not path.startswith(whole)]

@@ -45,11 +45,13 @@ def prepare_qat(
         hybrid: no effect: a module without an integer form always runs in float.
 
     Raises:
-        QuantizationError: no QuantStub in the model, a qconfig of another package, a convolution or linear layer that gets a float
-            tensor, or a module that works in place on a value that is read again later. The model is unchanged.
+        QuantizationError: the model is prepared already or is not a float32 one; it has no QuantStub, a qconfig of another package,
+            a convolution or linear layer that gets a float tensor, or a module that works in place on a value that is read again
+            later. The model is unchanged.
     """
     from horizon_plugin_pytorch.quantization.named import outputs_of
 
+    _check_fresh("prepare_qat", model)
     if not any(dataflow.is_stub(m, "QuantStub") for m in model.modules()):
         raise QuantizationError(
             "prepare_qat: the model has no QuantStub, so nothing in it would be quantized: put a QuantStub where tensors become "
@@ -61,16 +63,16 @@ def prepare_qat(
                 check_qconfig(module.qconfig)
             except QuantizationError as error:
                 raise QuantizationError(f"prepare_qat: {name or 'the model'}: {error}") from None
-    _check_float32("prepare_qat", model)
     if not inplace:
         model = copy.deepcopy(model)
     qconfigs: dict[str, QConfig | None] = {}
-    _inherit(model, "", getattr(model, "qconfig", default_qat_qconfig), qconfigs)
+    mapping = mapping or {}
+    _inherit(model, "", getattr(model, "qconfig", default_qat_qconfig), tuple(mapping), qconfigs)
     outputs = outputs_of(model, qconfigs)
     made: dict[int, nn.Module] = {}  # a module under several names has one form
     for path, qconfig in qconfigs.items():
         module = model.get_submodule(path)
-        custom = (mapping or {}).get(type(module))
+        custom = mapping.get(type(module))
         if qconfig is None or path in outputs.left:
             continue
         if id(module) not in made:
@@ -86,21 +88,27 @@ def prepare_qat(
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def _inherit(module: nn.Module, path: str, qconfig: QConfig | None, found: dict[str, QConfig | None]) -> None:
-    """The qconfig of every module with a form of its own."""
+def _inherit(
+    module: nn.Module, path: str, qconfig: QConfig | None, types: tuple[type, ...], found: dict[str, QConfig | None]
+) -> None:
+    """The qconfig of every module with a form of its own; `types` are those the user has forms for."""
     for name, child in module._modules.items():
-        if child is None or isinstance(child, QATGroup):
+        if child is None:
             continue
         whole = type(child).__module__.startswith("torch.nn") and not isinstance(child, _CONTAINERS)
         child_path = f"{path}.{name}" if path else name
         own = child.__dict__.get("qconfig", qconfig)
-        if forms.quantizable(child) or p.is_float_functional(child) or is_stub(child):
+        known = forms.quantizable(child) or p.is_float_functional(child) or is_stub(child)
+        if known or type(child) in types:
             found[child_path] = own
         elif not whole:  # e.g. MultiheadAttention uses its children's tensors, and runs in float as a whole
-            _inherit(child, child_path, own, found)
+            _inherit(child, child_path, own, types, found)
 
 
-def _check_float32(caller: str, model: nn.Module) -> None:
+def _check_fresh(caller: str, model: nn.Module) -> None:
+    """The model is a float32 one."""
+    if any(isinstance(m, (QATGroup, FakeQuantize)) for m in model.modules()):
+        raise QuantizationError(f"{caller}: the model is prepared already")
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != parameter.float().dtype:
             raise QuantizationError(
@@ -135,7 +143,9 @@ def prepare_qat_fx(
         the prepared model, in the state FLOAT; go on with `calibrate`, or `set_fake_quantize` and training.
 
     Raises:
-        QuantizationError: see `Resolver`.
+        QuantizationError: the model is prepared already or is not a float32 one; the dicts are wrong (see `Resolver`); nothing
+            would be quantized; the result of a QuantStub is overwritten in part.
+        FusionError, ValueError: see `fuse_fx`.
     """
     from horizon_plugin_pytorch.fusion.by_graph import fuse_fx
     from horizon_plugin_pytorch.quantization.graph import prepare_parts
@@ -145,9 +155,7 @@ def prepare_qat_fx(
         raise QuantizationError(f"prepare_qat_fx: unknown keys in prepare_custom_config_dict: {sorted(unknown)}")
     config = _with_hybrid(qconfig_dict, hybrid_dict)
     Resolver(config, model)  # names and values are checked before anything is done
-    if any(isinstance(m, (QATGroup, FakeQuantize)) for m in model.modules()):
-        raise QuantizationError("prepare_qat_fx: the model is prepared already")
-    _check_float32("prepare_qat_fx", model)
+    _check_fresh("prepare_qat_fx", model)
     fused = fuse_fx(model, example_inputs=example_inputs)
     report = fused.fusion_report
     resolver = Resolver(config, fused, frozenset(n for n, _ in model.named_modules(remove_duplicate=False)))

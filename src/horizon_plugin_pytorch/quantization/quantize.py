@@ -46,12 +46,13 @@ def quantize(
     if first is None:
         raise QuantizationError("quantize: the calibration data is empty")
     args, kwargs = arguments(model, first)
-    training = model.training
+    modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
         prepared = prepare_qat_fx(model, qconfig_dict, example_inputs=kwargs or args)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     if improve:
         for module in prepared.modules():
             if isinstance(module, QATGroup) and module.norm is not None:

@@ -18,7 +18,14 @@ from horizon_plugin_pytorch.nn.qat.autograd import WEIGHT_UNIT, Affine
 from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize, FakeQuantState
 from horizon_plugin_pytorch.nn.qat.modes import in_floating_point, in_integers, without_autocast
 from horizon_plugin_pytorch.nn.qat.weight import WeightFakeQuantize
-from horizon_plugin_pytorch.nn.quantized.group import CLAMPS, Geometry, freeze, require_quantized, run_group
+from horizon_plugin_pytorch.nn.quantized.group import (
+    CLAMPS,
+    Geometry,
+    epilogue_scale,
+    freeze,
+    require_quantized,
+    run_group,
+)
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor, dequantize
 
 
@@ -102,7 +109,8 @@ class QATGroup(FusedGroup):
         quant = self.output_quant
         s_y = None if quant is None else quant.current_scale()
         frozen = freeze(self.pattern.anchor, self.anchor, self.norm, s_w)
-        constants = frozen.derive(self.geometry, x.scale, s_y, None if other is None else other.scale)
+        unit = epilogue_scale(self.pattern, s_y)
+        constants = frozen.derive(self.geometry, x.scale, unit, None if other is None else other.scale)
         dtype8 = torch.int8 if quant is None else quant.dtype8
         y = run_group(
             self.pattern, self.geometry, constants, x, other, self.activation, s_y, dtype8, output_size, self.path

@@ -35,12 +35,13 @@ class HasScale(KeepsDtype):
     def ready(self) -> bool:
         return self.scale.numel() > 0
 
-    @torch.no_grad()
     def store(self, scale: Tensor) -> None:
-        if self.scale.shape == scale.shape:
-            self.scale.copy_(scale)
-        else:
-            self.scale.data = scale.to(self.scale.device, torch.float32, copy=True)
+        # Usable in training, also if the caller is in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            if self.scale.shape == scale.shape:
+                self.scale.copy_(scale)
+            else:
+                self.scale.data = scale.to(self.scale.device, torch.float32, copy=True)
 
     def snapshot(self) -> Tensor:
         """The scale as it is now; results computed with it stay what they are when training moves the scale."""

@@ -28,6 +28,12 @@ CLAMPS = {RELU: "relu", RELU6: "relu6", None: None}
 """Activations with a form on integers; any other runs in float32 between the accumulator and the rounding."""
 
 
+def epilogue_scale(pattern: Pattern, scale: Tensor | None) -> Tensor | None:
+    """The scale in whose units sums are carried on: the output's, or None (1) where an activation without a form on integers
+    follows, or no rounding."""
+    return scale if pattern.activation in CLAMPS else None
+
+
 @dataclass(frozen=True)
 class Geometry:
     """How an anchor walks over its input: what Conv, ConvTranspose and Linear have besides their weight."""
@@ -241,9 +247,8 @@ class QuantizedGroup(MakesIntegers, AddPlace, nn.Module):
     def integers(self, s_x: Tensor, s_r: Tensor | None = None) -> DerivedConstants:
         """int8 weight, int32 bias and float32 multipliers for inputs of these scales."""
         own = GroupConstants(self.weight, self.weight_scale, self.bias)
-        return self._derived.get(
-            (s_x, s_r, *own, self.scale), None, lambda: own.derive(self.geometry, s_x, self.scale, s_r)
-        )
+        s_y = epilogue_scale(self.pattern, self.scale)
+        return self._derived.get((s_x, s_r, *own, s_y), None, lambda: own.derive(self.geometry, s_x, s_y, s_r))
 
     def forward(self, input: QTensor, *operands: Any, output_size: Any = None) -> Tensor:
         """int8 or uint8 `QTensor` in and out; float32 out where the output is high-precision."""
