@@ -127,14 +127,16 @@ class Row:
     latency: dict[str, Any] | None = None
     error: str | None = None  # the process died
 
+    @property
+    def runs(self) -> bool:
+        """Whether the fused network gave an output."""
+        return self.verdict.get("difference") is not None
 
-def measure(name: str, latency_seconds: float) -> Row:
-    """All measurements of one network, in this process."""
-    import torch
 
-    from models import verify, zoo
+def measure(name: str) -> Row:
+    """All measurements of one network but its latency, in this process."""
+    from models import verify
 
-    torch.set_num_threads(1)
     warm_up()
     try:
         case = verify.load(name)
@@ -145,19 +147,16 @@ def measure(name: str, latency_seconds: float) -> Row:
     for peer, fuse in PEERS.items():
         gc.collect()
         row.peers[peer] = asdict(measure_peer(fuse, case))
-    if latency_seconds and verdict.difference is not None:
-        del case
-        gc.collect()
-        row.latency = asdict(measure_latency(name, zoo.build(name, native=True), latency_seconds))
     return row
 
 
-def measure_latency(name: str, model: Any, seconds: float) -> Latency:
+def measure_latency(name: str, seconds: float) -> Latency:
     """Alternating forwards of the network and its fused form, for about ``seconds``, 3 to 30 each."""
     import torch
 
     from models import zoo
 
+    model = zoo.build(name, native=True)
     size = zoo.native_size(name, model)
     inputs = zoo.example_inputs(name, size, batch=1, dtype=torch.float32)
     networks = (model, ours(model))
@@ -264,7 +263,7 @@ def run(
 
     results.mkdir(parents=True, exist_ok=True)
     names = [n for n in zoo.names() if not words or any(w in n for w in words)]
-    todo = [n for n in names if not _done(_path(results, n), again)]
+    todo = [n for n in names if _missing(_path(results, n), again, latency_seconds > 0)]
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task("fusing", total=len(names), completed=len(names) - len(todo))
@@ -282,43 +281,58 @@ def run(
     table(results)
 
 
-def _done(path: Path, again: bool) -> bool:
+def _missing(path: Path, again: bool, latency: bool) -> bool:
+    """Whether there is something to measure; forgets what is to be measured again."""
     if not path.exists():
-        return False
-    row = json.loads(path.read_text())
-    return not again or not (row["error"] or row["verdict"]["problems"])
+        return True
+    row = Row(**json.loads(path.read_text()))
+    if again and (row.error or row.verdict["problems"]):
+        path.unlink()
+        return True
+    return latency and row.latency is None and row.runs
 
 
 def _in_process(name: str, path: Path, timeout: float, latency_seconds: float) -> Row:
     command = [sys.executable, __file__, "one", name, str(path), "--latency-seconds", str(latency_seconds)]
-    path.unlink(missing_ok=True)
     try:
         done = subprocess.run(command, timeout=timeout, capture_output=True, text=True)
         last = (done.stderr.strip().splitlines() or [""])[-1]
         error = None if done.returncode == 0 else f"its process ended with {done.returncode}: {last[:300]}"
     except subprocess.TimeoutExpired:
         error = f"not done in {timeout:.0f} s"
-    if error is None:
-        return Row(**json.loads(path.read_text()))
-    row = Row(name, error=error)
-    path.write_text(json.dumps(asdict(row)))
+    row = Row(**json.loads(path.read_text())) if path.exists() else Row(name)
+    if error:
+        row.error = error
+        path.write_text(json.dumps(asdict(row), indent=1))
     return row
 
 
 def _line(row: Row) -> str:
     v = row.verdict
-    if row.error or v["unfused_error"]:
-        return f"[yellow]{row.name}: {row.error or v['unfused_error']}"
+    if reason := row.error or v["unfused_error"]:
+        return f"[yellow]{row.name}: {reason}"
     state = "[red]" + "; ".join(v["problems"][:2]) if v["problems"] else "[green]ok"
     peers = ", ".join(f"{p} {'fails' if r['error'] else r['absorbed']}" for p, r in row.peers.items())
+    if row.latency:
+        state += f", {row.latency['unfused']:.1f} → {row.latency['fused']:.1f} ms"
     return f"{row.name}: {v['absorbed']} of {v['legal']} absorbed ({peers}), difference {v['difference']} {state}"
 
 
 @app.command()
 def one(name: str, path: Path, latency_seconds: float = 2) -> None:
-    """Measure one network in this process and write its JSON."""
+    """Measure in this process what is missing of one network, and write its JSON."""
+    import torch
+
     warnings.simplefilter("ignore")
-    path.write_text(json.dumps(asdict(measure(name, latency_seconds)), indent=1))
+    torch.set_num_threads(1)
+    if path.exists():
+        row = Row(**json.loads(path.read_text()))
+    else:
+        row = measure(name)
+        path.write_text(json.dumps(asdict(row), indent=1))
+    if latency_seconds and row.runs:
+        row.latency = asdict(measure_latency(name, latency_seconds))
+        path.write_text(json.dumps(asdict(row), indent=1))
 
 
 @app.command()

@@ -33,7 +33,7 @@ NETWORKS: dict[str, str] = {
 }
 SLOW: dict[str, str] = {
     "torchvision/densenet121": PARTLY,
-    "torchvision/inception_v3": PARTLY,
+    "torchvision/inception_v3": FULLY,
     "torchvision/mnasnet0_5": FULLY,
     "torchvision/resnext50_32x4d": FULLY,
     "torchvision/vgg11_bn": FULLY,

@@ -189,3 +189,23 @@ def test_a_module_that_cannot_be_traced_does_not_keep_its_input_from_being_integ
     kind, item, _ = PROGRAMS["module_that_cannot_be_traced"]
     _, int8 = by_graph(kind(), item)
     assert list(in_float(int8)) == ["opaque"] and not int8.a.high_precision
+
+
+class Attributes(nn.Module):
+    """Tensors that are neither parameters nor buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.mean, self.scales = nn.Conv2d(3, 4, 3), torch.rand(3, 1, 1), [torch.ones(1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv((x - self.mean) * self.scales[0])
+
+
+def test_shapes_are_found_in_silence(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Attributes().eval(), torch.randn(2, 3, 8, 8)
+    expected = call(model, x)
+    _, int8 = by_graph(model, x)
+    assert sqnr(call(int8, x), expected) > 30
+    assert not int8.fusion_report.notes
+    assert capfd.readouterr() == ("", "") and not caplog.records
