@@ -44,6 +44,6 @@ clean: ## remove what the targets made
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/.ready-%: pyproject.toml requirements/constraints.txt | $(BIN)/python
+$(VENV)/.ready-%: pyproject.toml setup.py requirements/constraints.txt $(wildcard csrc/*.* csrc/*/*.*) | $(BIN)/python
 	$(INSTALL) --editable '.[$*]'
 	@touch $@

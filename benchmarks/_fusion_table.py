@@ -59,9 +59,21 @@ def summary(rows: list[Row]) -> str:
             f"| {total['legal']:,} | {total['absorbed']:,} | {ao['absorbed']:,} | {fx['absorbed']:,} "
             f"| {total['adds']:,} of {total['fusable_adds']:,} "
             f"| {total['activations']:,} of {total['fusable_activations']:,} | {ao['activations']:,} "
-            f"| {statistics.median(ratios) if ratios else float('nan'):.2f} |"
+            f"| {f'{statistics.median(ratios):.2f} of {len(ratios)}' if ratios else ''} |"
         )
-    return "## Summary\n\n" + "\n".join(lines)
+    return "## Summary\n\n" + "\n".join(lines) + out_of_sight(rows)
+
+
+def out_of_sight(rows: list[Row]) -> str:
+    """The legal pairs that are left, as no graph shows them."""
+    hidden = {row.name: n for row in rows if (n := row.verdict.get("out_of_sight"))}
+    if not hidden:
+        return ""
+    names = ", ".join(f"{n} in `{name}`" for name, n in hidden.items())
+    return (
+        f"\n\nLegal pairs that are not absorbed: {names}. They are inside modules that are handed on instead of called, to an "
+        "`autograd.Function` that calls them and differentiates them by hand; the report gives that reason for each."
+    )
 
 
 def reasons(rows: list[Row]) -> str:
@@ -110,7 +122,9 @@ def peer_errors(rows: list[Row]) -> str:
 
 def scale_table(scale: dict[str, dict[str, float]]) -> str:
     lines = [
-        "| milliseconds per layer | " + " | ".join(f"{int(n):,} layers" for n in next(iter(scale.values()))) + " |"
+        "| processor milliseconds per layer | "
+        + " | ".join(f"{int(n):,} layers" for n in next(iter(scale.values())))
+        + " |"
     ]
     lines.append("| --- |" + " ---: |" * len(next(iter(scale.values()))))
     lines += [f"| {name} | " + " | ".join(f"{ms:.2f}" for ms in times.values()) + " |" for name, times in scale.items()]
@@ -139,7 +153,10 @@ def network_table(rows: list[Row]) -> str:
             f"| {_unless_failed(ao, _ms(ao.get('seconds')))} | {_unless_failed(fx, _ms(fx.get('seconds')))} "
             + (f"| {latency['unfused']:,.1f} | {latency['fused']:,.1f} |" if latency else "| | |")
         )
-    note = "Latency: one forward, batch 1, float32, one thread, at the size the network was made for; medians."
+    note = (
+        "Latency, where it was measured: processor time of one forward, batch 1, float32, one thread, at the size the "
+        "network was made for; medians. The time to fuse is elapsed time, on a machine that did other work meanwhile."
+    )
     return f"## Every network\n\n{note}\n\n" + "\n".join(lines)
 
 

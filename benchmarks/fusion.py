@@ -108,7 +108,7 @@ def measure_peer(fuse: Callable[[Any], Any], case: Any) -> PeerResult:
 
 @dataclass
 class Latency:
-    """Median milliseconds of a forward, batch 1, float32, one thread; the two networks took turns."""
+    """Median milliseconds of processor time of a forward, batch 1, float32, one thread; the two networks took turns."""
 
     size: list[int]
     unfused: float
@@ -167,9 +167,9 @@ def measure_latency(name: str, seconds: float) -> Latency:
         end = time.perf_counter() + seconds
         while len(times[0]) < 3 or (time.perf_counter() < end and len(times[0]) < 30):
             for network, taken in zip(networks, times, strict=True):
-                start = time.perf_counter()
+                start = time.process_time()
                 network(*inputs)
-                taken.append(1e3 * (time.perf_counter() - start))
+                taken.append(1e3 * (time.process_time() - start))
     return Latency(list(size), statistics.median(times[0]), statistics.median(times[1]), len(times[0]))
 
 
@@ -206,9 +206,11 @@ def residual_network(layers: int) -> Any:
 
 
 def measure_scale(repeats: int = 3) -> dict[str, dict[int, float]]:
-    """Milliseconds per layer to fuse, the best of ``repeats``, for ours and the peers; and of tracing alone."""
+    """Milliseconds of processor time per layer to fuse, the best of ``repeats``, for ours and the peers; and of tracing
+    alone."""
     import torch.fx
 
+    torch.set_num_threads(1)
     warm_up()
     fusers = {"ours": ours, **PEERS, "symbolic_trace alone": torch.fx.symbolic_trace}
     result: dict[str, dict[int, float]] = {name: {} for name in fusers}
@@ -217,9 +219,9 @@ def measure_scale(repeats: int = 3) -> dict[str, dict[int, float]]:
             times = []
             for _ in range(repeats):
                 model = residual_network(layers)
-                start = time.perf_counter()
+                start = time.process_time()
                 fuse(model)
-                times.append(time.perf_counter() - start)
+                times.append(time.process_time() - start)
             result[name][layers] = 1e3 * min(times) / layers
     return result
 

@@ -11,6 +11,7 @@ a process per network.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import statistics
@@ -206,9 +207,10 @@ def everything(
     if threads is not None:
         torch.set_num_threads(threads)
     setting = Setting(batch, size, torch.get_num_threads())
+    load = os.getloadavg()[0]
     memory = {name: _in_process(name, setting) for name in NETWORKS}
     times = measure_times(setting, rounds)
-    text = table(setting, rounds, times, memory)
+    text = table(setting, rounds, times, memory, load)
     print(text)
     if output is not None:
         output.write_text(text)
@@ -233,7 +235,7 @@ def memory(name: str, setting: str) -> None:
     print(json.dumps(asdict(measure_memory(name, parsed))))
 
 
-def table(setting: Setting, rounds: int, times: dict[str, Times], memory: dict[str, Memory]) -> str:
+def table(setting: Setting, rounds: int, times: dict[str, Times], memory: dict[str, Memory], load: float) -> str:
     import torch
 
     base = memory["float"]
@@ -252,9 +254,11 @@ channels last: forward, cross entropy, backward, SGD with momentum, on the CPU w
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 {chr(10).join(rows)}
 
-Times are medians of {rounds} rounds in which the networks took turns; ratios are medians of each round's ratio. Peak memory is
-the largest resident set of a process that trains, less what it had before the network was made, so it holds weights,
-gradients and momentum, too. Kept for backward are the tensors that the forward saves, without parameters.
+Times are medians of {rounds} rounds in which the networks took turns; ratios are medians of each round's ratio. When
+it started, the machine's load average was {load:.1f} on {os.cpu_count()} processors; where that is not near 0, other programs ran meanwhile:
+compare ratios, not seconds. Peak memory is the largest resident set of a process that trains, less what it had before the
+network was made, so it holds weights, gradients and momentum, too. Kept for backward are the tensors that the forward
+saves, without parameters.
 """
 
 

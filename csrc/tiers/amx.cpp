@@ -17,6 +17,7 @@
 namespace horizon {
 namespace {
 
+constexpr int64_t BLOCK_BYTES = 4 * 16 * 16 * 4; // of the accumulators of a block
 constexpr int64_t PANEL_BYTES = 256 * 1024; // of copied pixels at a time: they stay in L2
 
 // Results waiting to be finished while the next block's products run.
@@ -40,7 +41,8 @@ struct Block {
   const int32_t *step[4];  // bytes from a step to the next
   const int8_t *weights;   // of the first tile of channels
   int64_t tile_bytes;      // from a tile of channels to the next
-  const int32_t *bias;
+  const int32_t *bias;     // of the first tile of channels: a row for each pixel, or one row for all
+  int64_t bias_stride;
   int steps;
   int32_t *acc;            // [16 R][16 N]
 };
@@ -58,7 +60,7 @@ template <int R, int N, bool SIGNED> void products(const Block &b, Pending &befo
   };
   each([&](auto r) {
     each([&](auto n) {
-      if constexpr (r < R && n < N) tile_load<r * N + n>(b.bias + 16 * n, 0);
+      if constexpr (r < R && n < N) tile_load<r * N + n>(b.bias + 16 * n, b.bias_stride);
     });
   });
   const int share = before.finish ? (before.rows - before.row + b.steps - 1) / b.steps : 0;
@@ -138,10 +140,11 @@ void conv(const hz_conv &c, Slots slots, Part part) {
   int64_t group = c.pixels_inside ? last - first : r;
   if (copies) group = std::clamp<int64_t>(PANEL_BYTES / panel_bytes, r, std::max<int64_t>(group, r));
   const int64_t step_bytes = (int64_t(c.steps) * 4 + 63) / 64 * 64;
-  uint8_t *memory = scratch(2 * 4096 + step_bytes + (copies ? group * panel_bytes : 0));
-  int32_t *acc[2] = {reinterpret_cast<int32_t *>(memory), reinterpret_cast<int32_t *>(memory + 4096)};
-  int32_t *panel_step = reinterpret_cast<int32_t *>(memory + 2 * 4096);
-  uint8_t *panels = memory + 2 * 4096 + step_bytes;
+  uint8_t *memory = scratch(3 * BLOCK_BYTES + step_bytes + (copies ? group * panel_bytes : 0));
+  int32_t *acc[2] = {reinterpret_cast<int32_t *>(memory), reinterpret_cast<int32_t *>(memory + BLOCK_BYTES)};
+  auto *bias_rows = reinterpret_cast<int32_t *>(memory + 2 * BLOCK_BYTES);
+  auto *panel_step = reinterpret_cast<int32_t *>(memory + 3 * BLOCK_BYTES);
+  uint8_t *panels = memory + 3 * BLOCK_BYTES + step_bytes;
   for (int k = 0; k < c.steps; ++k) panel_step[k] = k * 1024;
 
   const uint8_t *in = at(c.in, slots), *res = at(c.res, slots);
@@ -149,6 +152,8 @@ void conv(const hz_conv &c, Slots slots, Part part) {
   const int channel_bytes = c.out.dtype == HZ_F32 ? 4 : 1;
   Pending pending{};
   int turn = 0;
+  // Loading one row sixteen times is slower than loading sixteen rows, which pay where several blocks use them.
+  const bool spread = group > r;
 
   // Tiles [t, t + rows) of the group that begins at `start`, one block of channels.
   const auto run = [&](int64_t start, int64_t t, int rows, int64_t column) {
@@ -164,7 +169,8 @@ void conv(const hz_conv &c, Slots slots, Part part) {
     }
     b.tile_bytes = panel_bytes;
     b.weights = c.weights + tile * b.tile_bytes;
-    b.bias = c.epilogue.bias + 16 * tile;
+    b.bias = spread ? bias_rows : c.epilogue.bias + 16 * tile;
+    b.bias_stride = spread ? 256 : 0;
     b.steps = c.steps;
     b.acc = acc[turn];
     choose(rows, columns)(b, pending);
@@ -189,6 +195,10 @@ void conv(const hz_conv &c, Slots slots, Part part) {
     if (copies && !c.block_offset) copy(start, stop, 0);
     for (int64_t column = column0; column < column1; ++column) {
       if (copies && c.block_offset) copy(start, stop, c.block_offset[column]); // n is 1: a group of channels has an input of its own
+      if (spread)
+        for (int row = 0; row < 16; ++row)
+          for (int i = 0; i < n; ++i) // the vector is padded to whole blocks
+            _mm512_store_si512(bias_rows + 64 * row + 16 * i, _mm512_loadu_si512(c.epilogue.bias + 16 * (column * n + i)));
       for (int64_t t = start; t < stop;) {
         int rows = int(std::min<int64_t>({r, stop - t, c.tiles - t % c.tiles})); // a block stays within an image
         while (!choose(rows, std::min<int>(n, tiles - int(column) * n))) --rows;

@@ -80,14 +80,18 @@ def load_photo() -> np.ndarray:
 
 
 def calibration_photos() -> list[np.ndarray]:
-    """Other photos of scikit-image to calibrate with, padded with black or cropped to 512×512: uint8, ``(512, 512, 3)``, RGB."""
+    """Photos of scikit-image to calibrate with: uint8, ``(512, 512, 3)``, RGB.
+
+    Four without a face, padded with black or cropped to 512×512, and the mirror image of :func:`load_photo`'s.
+    """
     try:
         from skimage import data
     except ImportError as error:
         raise MissingExtraError(error) from error
     photos = [data.coffee(), data.rocket(), data.chelsea(), data.immunohistochemistry()]
     cropped = [photo[:512, :512] for photo in photos]
-    return [np.pad(photo, ((0, 512 - photo.shape[0]), (0, 512 - photo.shape[1]), (0, 0))) for photo in cropped]
+    padded = [np.pad(photo, ((0, 512 - photo.shape[0]), (0, 512 - photo.shape[1]), (0, 0))) for photo in cropped]
+    return [*padded, np.ascontiguousarray(load_photo()[:, ::-1])]
 
 
 def to_input(photo: np.ndarray) -> Tensor:
@@ -259,9 +263,7 @@ def run(path: Path, *, repeats: int, console: Console) -> None:
     model, photo = load_centerface(), load_photo()
     image = to_input(photo)
     fused = horizon.quantization.fuse_fx(model, example_inputs=(image,))
-    # A face, too, but not the one to be found: the photo mirrored.
-    calibration = [to_input(p) for p in (*calibration_photos(), photo[:, ::-1])]
-    int8 = horizon.quantize(model, calibration)
+    int8 = horizon.quantize(model, [to_input(p) for p in calibration_photos()])
     floats: dict[str, nn.Module] = {"unfused": model, "fused": fused}
     detectors = {**floats, "int8": int8}
     with torch.inference_mode():

@@ -718,9 +718,23 @@ def test_a_graph_module() -> None:
     assert run_both(fused, model, torch.randn(2, 4, 6, 6)) == 0
 
 
-def test_lazy_modules_are_left_alone() -> None:
-    report = analyze(nn.Sequential(nn.LazyConv2d(4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.LazyBatchNorm2d()))
-    assert report.groups == [] and "it is a lazy module that has not seen data yet" in report.missed[0].reason
+@pytest.mark.parametrize("lazy", [nn.LazyConv2d(4, 1), nn.LazyBatchNorm2d(), nn.LazyLinear(4)])
+@pytest.mark.parametrize("call", [fuse_fx, analyze], ids=["fuse_fx", "analyze"])
+def test_lazy_modules_must_have_seen_data(call: Callable[..., Any], lazy: nn.Module) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), nn.Sequential(copy.copy(lazy))).eval()
+    before = {name: (id(module), type(module)) for name, module in model.named_modules()}
+    with pytest.raises(FusionError, match=rf"'1.0' \({type(lazy).__name__}\) is lazy .* run the model's forward once"):
+        call(model)
+    assert {name: (id(module), type(module)) for name, module in model.named_modules()} == before
+
+
+def test_lazy_modules_that_have_seen_data_are_like_others() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    model = nn.Sequential(nn.LazyConv2d(4, 1), nn.LazyBatchNorm2d(), nn.ReLU())
+    model(x)
+    fused = fuse_fx(randomize(model).eval())
+    assert fused.fusion_report.count() == {"ConvBNReLU2d": 1}
+    assert run_both(fused, model, x) == 0
 
 
 class OwnCall(nn.Conv2d):

@@ -592,13 +592,18 @@ MISREAD: dict[str, tuple[list[str], Callable[..., Any], str]] = {
 }
 
 
+def fuse_by_pytorch(model: nn.Module, names: Any, inplace: bool = False) -> nn.Module:
+    return torch.quantization.fuse_modules(model, names, inplace=inplace, fuser_func=fuse_known_modules)
+
+
+@pytest.mark.parametrize("fuse", [fuse_modules, fuse_by_pytorch])
 @pytest.mark.parametrize("case", MISREAD)
-def test_a_value_inside_a_group_that_is_read_raises_at_the_first_forward(case: str) -> None:
+def test_a_value_inside_a_group_that_is_read_raises_at_the_first_forward(case: str, fuse: Any) -> None:
     names, forward, message = MISREAD[case]
     net = Plain(forward).eval()
     x = torch.randn(2, 4, 3, 3)
     net(x)
-    fused = fuse_modules(net, names)
+    fused = fuse(net, names)
     with pytest.raises(FusionError, match=f"the output of {message}") as error:
         fused(x)
     assert "exists nowhere else" in str(error.value)
@@ -617,9 +622,20 @@ def test_a_value_inside_a_group_that_is_read_raises_at_the_first_forward(case: s
         (["conv", "relu"], lambda m, x: m.relu(m.conv(x)) if x.sum() > -1e9 else x),
     ],
 )
-def test_what_reads_no_value_inside_a_group_is_right(names: list[str], forward: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("fuse", [fuse_modules, fuse_by_pytorch])
+def test_what_reads_no_value_inside_a_group_is_right(
+    names: list[str], forward: Callable[..., Any], fuse: Callable[..., Any]
+) -> None:
     net = randomize(Plain(forward)).eval()
-    assert run_both(fuse_modules(net, names), net, torch.randn(2, 4, 3, 3)) == 0
+    assert run_both(fuse(net, names), net, torch.randn(2, 4, 3, 3)) == 0
+
+
+def test_a_later_group_fused_by_pytorch_is_looked_at_too() -> None:
+    net = Plain(lambda m, x: m.relu(m.ff.add(m.identity(x), y := m.bn(m.conv(x)))) + y).eval()
+    net.stem, net.stem_relu = nn.Conv2d(4, 4, 1), nn.ReLU()
+    fused = fuse_by_pytorch(net, [["stem", "stem_relu"], ["conv", "bn", "ff", "relu"]])
+    with pytest.raises(FusionError, match="the output of 'conv' is read by"):
+        fused(torch.randn(2, 4, 3, 3))
 
 
 def test_what_the_forward_stores_does_not_get_traced_values() -> None:
@@ -633,11 +649,18 @@ def test_what_the_forward_stores_does_not_get_traced_values() -> None:
     assert run_both(fused, net, torch.randn(2, 4, 3, 3)) == 0
 
 
-def test_returned_through_pytorchs_function_it_raises_when_it_is_used() -> None:
-    """There nothing of ours sees the model, so what is returned is a value that raises whatever is done with it."""
+@pytest.mark.parametrize("use", [u for u in USES_OF_THE_VALUE if u.startswith("returned")])
+def test_returned_output_raises_also_where_the_model_is_fused_by_pytorch(use: str) -> None:
+    fused = fuse_by_pytorch(Elsewhere(USES_OF_THE_VALUE[use]), ["conv", "bn", "ff", "relu"])
+    with pytest.raises(FusionError, match="'conv' is read by the caller, as an output of Elsewhere"):
+        fused(torch.randn(2, 4, 4, 4))
+
+
+def test_a_group_fused_on_its_own_returns_a_value_that_raises_when_it_is_used() -> None:
+    """There nothing tells which model the modules belong to."""
     net = Elsewhere(USES_OF_THE_VALUE["returned in a tuple"])
-    fused = torch.quantization.fuse_modules(net, ["conv", "bn", "ff", "relu"], fuser_func=fuse_known_modules)
-    _, value = fused(torch.randn(2, 4, 4, 4))
+    net.conv, net.bn, net.ff, net.relu = fuse_known_modules([net.conv, net.bn, net.ff, net.relu])
+    _, value = net(torch.randn(2, 4, 4, 4))
     for use in (lambda: value + 1, lambda: value.shape, lambda: torch.relu(value), lambda: value > 0):
         with pytest.raises(FusionError, match="was fused into the add"):
             use()
@@ -808,8 +831,8 @@ def test_a_failed_call_says_why_and_changes_nothing(case: str, fuse: Any) -> Non
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        ((nn.LazyConv2d(4, 1), nn.BatchNorm2d(4)), "the LazyConv2d: it is a lazy module"),
-        ((nn.Conv2d(4, 4, 1), nn.LazyBatchNorm2d()), "LazyBatchNorm2d does not fit there"),
+        ((nn.LazyConv2d(4, 1), nn.BatchNorm2d(4)), "the LazyConv2d is lazy and has not seen data yet"),
+        ((nn.Conv2d(4, 4, 1), nn.LazyBatchNorm2d()), "the LazyBatchNorm2d is lazy and has not seen data yet"),
         ((nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, device="meta")), "it is on meta, the convolution on cpu"),
     ],
     ids=["lazy anchor", "lazy norm", "devices"],
@@ -817,6 +840,24 @@ def test_a_failed_call_says_why_and_changes_nothing(case: str, fuse: Any) -> Non
 def test_modules_without_values_are_refused(modules: tuple[nn.Module, ...], message: str) -> None:
     with pytest.raises(FusionError, match=message):
         fuse_known_modules(list(modules))
+
+
+@pytest.mark.parametrize("case", [c for c in FAILURES if any(w in c for w in ("second group", "shared", "no names"))])
+def test_a_failed_call_through_pytorchs_function_changes_nothing(case: str) -> None:
+    names, message = FAILURES[case]
+    model = Model()
+    before = snapshot(model)
+    with pytest.raises(FusionError, match=message if names else "cannot fuse"):
+        fuse_by_pytorch(model, names, inplace=True)
+    assert_unchanged(model, before)
+
+
+def test_a_model_that_cannot_be_copied_as_a_part_of_it_is_lazy() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.LazyConv2d(4, 1)).eval()
+    with pytest.raises(FusionError, match=r"'2' \(LazyConv2d\) is lazy .* run the model's forward once first"):
+        fuse_modules(model, ["0", "1"])
+    fuse_modules(model, ["0", "1"], inplace=True)
+    assert model[0]._get_name() == "ConvReLU2d"
 
 
 def test_a_failed_call_of_the_list_form_changes_nothing() -> None:

@@ -423,6 +423,20 @@ def test_subclasses_with_a_forward_of_their_own() -> None:
     assert report.groups == [] and any(m.kind == "norm" and "bn" in m.modules for m in report.missed)
 
 
+class MaskedConv(nn.Conv2d):
+    """Returns a length beside its output, and cannot be traced."""
+
+    def forward(self, input: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
+        return super().forward(input), len(input)
+
+
+def test_subclasses_that_return_more_than_their_output_are_named() -> None:
+    net = Net(lambda m, x: m.relu(m.bn(m.conv(x)[0])))
+    net.conv = MaskedConv(4, 4, 1)
+    (miss,) = (m for m in fused_equals(net).missed if m.kind == "norm")
+    assert miss.modules == ("conv", "bn") and miss.reason == "MaskedConv 'conv' has a forward of its own"
+
+
 class DoublingReLU(nn.ReLU):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,29 +12,16 @@ from horizon_plugin_pytorch.nn.qat.fake_quantize import FakeQuantize
 from horizon_plugin_pytorch.quantization import calibrate, convert_fx, prepare_qat_fx
 from horizon_plugin_pytorch.quantization.improve import add_headroom, equalize, reconstruct
 
-SIZE = 512
 NNCF = (23.3, 25.9, 11.2, 25.6)
-"""What OpenVINO with NNCF's default int8 reaches on these data (dB); benchmarks/precision.py measures both."""
-
-
-def square(photo: np.ndarray) -> np.ndarray:
-    top, left = (max(0, (n - SIZE) // 2) for n in photo.shape[:2])
-    photo = photo[top : top + SIZE, left : left + SIZE]
-    result = np.zeros((SIZE, SIZE, 3), np.uint8)
-    result[: photo.shape[0], : photo.shape[1]] = photo
-    return result
+"""The most that OpenVINO with NNCF's default int8 reached, with either way to pad the photos (dB); benchmarks/precision.py measures both."""
 
 
 def calibration_photos() -> list[Tensor]:
-    from skimage import data
-
-    photos = [square(getattr(data, name)()) for name in ("coffee", "rocket", "chelsea", "immunohistochemistry")]
-    return [demo.to_input(p) for p in (*photos, np.ascontiguousarray(data.astronaut()[:, ::-1]))]
+    return [demo.to_input(p) for p in demo.calibration_photos()]
 
 
 def sqnr(exact: list[Tensor], found: list[Tensor]) -> list[float]:
-    pairs = [(a.double(), b.double()) for a, b in zip(exact, found, strict=True)]
-    return [(10 * torch.log10(a.square().sum() / (a - b).square().sum())).item() for a, b in pairs]
+    return [demo.sqnr(a, b) for a, b in zip(exact, found, strict=True)]
 
 
 @pytest.fixture(scope="module")

@@ -80,10 +80,17 @@ def check(name: str, what: str) -> None:
         first = torch.utils._pytree.tree_map_only(Tensor, lambda t: t[:1], outputs)
         assert differing(alone, first) == 0
     set_fake_quantize(qat, FakeQuantState.FLOAT)
-    for a, b in zip(zoo.flatten(call(qat, item)), zoo.flatten(expected), strict=True):
-        assert a.shape == b.shape
-        if len(zoo.flatten(expected)) == 1:  # detections change their order with the last digit of a score
-            assert sqnr(a, b) > 60
+    found, expected = zoo.flatten(call(qat, item)), zoo.flatten(expected)
+    assert [t.shape for t in found] == [t.shape for t in expected]
+    if len(found) == 1:  # detections change their order with the last digit of a score
+        assert sqnr(found[0], expected[0]) > 60 or as_near(found[0], expected[0], model, item)
+
+
+def as_near(found: Tensor, expected: Tensor, model: nn.Module, item: Any) -> bool:
+    """About as near to the result in float64: for a network that amplifies the rounding of float32 itself."""
+    double = torch.utils._pytree.tree_map_only(Tensor, Tensor.double, item)
+    (exact,) = zoo.flatten(call(model.double(), double))
+    return sqnr(found, exact) > sqnr(expected, exact) - 3
 
 
 @pytest.mark.parametrize(("name", "what"), NETWORKS.items())

@@ -21,6 +21,8 @@ from horizon_plugin_pytorch.quantization import (
     get_default_qconfig,
     set_fake_quantize,
 )
+from horizon_plugin_pytorch.quantization.improve import add_headroom
+from horizon_plugin_pytorch.quantization.observers import MSEObserver
 from nn.qat_networks import (
     LSQ,
     QCONFIGS,
@@ -357,3 +359,16 @@ def test_weight_scales_of_an_observer_are_chosen_when_calibration_ends() -> None
     assert torch.equal(group.weight_quant.scale, chosen)
     calibrate(model, [data()], progress=False)
     assert torch.allclose(group.weight_quant.scale, 3 * chosen, rtol=1e-2)
+
+
+def test_a_constant_of_zero_leaves_scales_as_calibration_made_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their observer: nothing is searched for in a step, and headroom that was added stays."""
+    qkwargs = {"averaging_constant": 0.0}
+    model = prepare(qconfig=get_default_qconfig(activation_observer="mse", activation_qkwargs=qkwargs))
+    add_headroom(model, 2.0)
+    scales = [m.scale.clone() for m in quantizers(model)]
+    monkeypatch.setattr(MSEObserver, "scale", lambda *_: pytest.fail("a scale was searched for"))
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for _ in range(3):
+        step(model, optimizer, 4 * data())
+    assert all(torch.equal(m.scale, s) for m, s in zip(quantizers(model), scales, strict=True))

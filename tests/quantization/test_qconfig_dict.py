@@ -127,14 +127,26 @@ def test_wrong_names_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"activation_fake_quant": "pact"},
-        {"weight_fake_quant": None},
-        {"activation_observer": "best"},
-        {"activation_qkwargs": {"dtype": "int4"}},
+        ({"activation_fake_quant": "pact"}, "activation_fake_quant='pact' is not one of"),
+        ({"weight_fake_quant": None}, "weight_fake_quant=None is not one of"),
+        ({"activation_observer": "best"}, "'best' is no observer"),
+        ({"activation_qkwargs": {"dtype": "int4"}}, "dtype 'int4' is not supported"),
+        ({"activation_qkwargs": {"axis": 1}}, "activation_qkwargs cannot choose an axis"),
+        ({"weight_observer": "kl"}, "KLObserver has one scale per tensor only"),
+        ({"weight_qkwargs": {"bins": 64}}, "MinMaxObserver: .*bins"),
     ],
 )
-def test_wrong_qconfigs(options: dict[str, Any]) -> None:
-    with pytest.raises(QuantizationError):
+def test_wrong_qconfigs(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(QuantizationError, match=message):
         get_default_qconfig(**options)
+
+
+@pytest.mark.parametrize(("observer", "scales"), [("kl", 1), ("mse", 8)])
+def test_kl_has_one_scale_before_a_depthwise_convolution_too(observer: str, scales: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
+    config = {"": get_default_qconfig(activation_observer=observer)}
+    _, int8 = by_graph(model, torch.randn(2, 3, 8, 8), qconfig_dict=config)
+    assert not in_float(int8)
+    assert int8.get_submodule("0").scale.numel() == scales

@@ -255,3 +255,18 @@ def test_another_dtype_keeps_scales_and_integers(road: Any, convert_to: torch.dt
         model.to(convert_to)
         after = model.state_dict()
         assert {k: differing(after[k], v) for k, v in before.items()} == dict.fromkeys(before, 0)
+
+
+def test_keys_follow_a_replaced_convolution() -> None:
+    """Of an anchor that nothing was fused with, as of one in a fused group."""
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), nn.ReLU())
+    qat = prepare_qat_fx(model, example_inputs=x)
+    for name in ("0", "2"):
+        group = qat.get_submodule(name)
+        group.conv = nn.Conv2d(*group.conv.weight.shape[1::-1], group.conv.kernel_size)
+        state = qat.state_dict()
+        assert torch.equal(state[f"{name}.weight"], group.conv.weight)
+        state[f"{name}.weight"] = torch.full_like(group.conv.weight, 0.5)
+        qat.load_state_dict(state)
+        assert bool((group.conv.weight == 0.5).all())

@@ -119,9 +119,10 @@ def analyze(model: nn.Module, example_inputs: Any = None, *, is_qat: bool = Fals
         a `FusionReport` with `groups` and `missed`.
 
     Raises:
-        FusionError: a batch norm's statistics are not finite.
+        FusionError: a batch norm's statistics are not finite, or a lazy module has not seen data yet.
         ValueError: `example_inputs` do not fit the model's forward.
     """
+    _refuse_lazy(model)
     return _match(model, example_inputs, keeps_bn(is_qat))[1]
 
 
@@ -145,13 +146,14 @@ def fuse_fx(
         symbolic tracing refuses comes back as its own class, fused in its largest traceable parts.
 
     Raises:
-        FusionError: a batch norm's statistics are not finite.
+        FusionError: a batch norm's statistics are not finite, or a lazy module has not seen data yet.
         ValueError: `example_inputs` do not fit the model's forward.
     """
     unknown = set(fuse_custom_config_dict or {}) - {"preserved_attributes"}
     if unknown:
         raise ValueError(f"fuse_fx: unknown keys in fuse_custom_config_dict: {sorted(unknown)}")
     keep_bn = keeps_bn(is_qat)
+    _refuse_lazy(model)
     model = copy.deepcopy(model)
     matchers, report = _match(model, example_inputs, keep_bn)
     result = model
@@ -169,6 +171,11 @@ def fuse_fx(
             result = part
     result.fusion_report = report  # type: ignore[assignment]
     return result  # type: ignore[return-value]
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    if reason := p.lazy_reason(model):
+        raise FusionError(f"{type(model).__name__}: {reason}")
 
 
 def _places(model: nn.Module) -> dict[int, list[str]]:

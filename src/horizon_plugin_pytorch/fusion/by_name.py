@@ -8,7 +8,8 @@ because that call has both operands (`nn.intrinsic.handoff`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,8 @@ def fuse_known_modules(
     """Fuse a sequence ``anchor, [norm], [FloatFunctional], [activation]`` and return as many modules to stand in their places.
 
     BN is absorbed, in training mode as in eval mode (by its running statistics), unless `is_qat` or
-    `horizon.qat_mode.set_qat_mode` ask to keep it inside the group. Serves as ``fuser_func`` of ``torch.quantization.fuse_modules``.
+    `horizon.qat_mode.set_qat_mode` ask to keep it inside the group. Serves as ``fuser_func`` of ``torch.quantization.fuse_modules``;
+    then all groups of that call are checked before the first one changes anything, and the model's forward, as by `fuse_modules`.
 
     Args:
         mod_list: modules in the order they are called.
@@ -46,7 +48,13 @@ def fuse_known_modules(
             the group. Nothing was changed.
     """
     mod_list = list(mod_list)
-    custom = (additional_fuser_method_mapping or {}).get(tuple(type(m) for m in mod_list))
+    mapping = additional_fuser_method_mapping or {}
+    if call := _call_by_pytorch(mod_list):
+        model, groups = call
+        _check_names(model, groups)
+        _check_groups(model, groups, is_qat, mapping)
+        _watch(model, groups)
+    custom = mapping.get(tuple(type(m) for m in mod_list))
     if custom is not None:
         fused = custom(is_qat, *mod_list)
         move_hooks(mod_list[0], fused, "_forward_pre_hooks")
@@ -88,7 +96,7 @@ def fuse_modules(
         fuse_custom_config_dict: ``{"additional_fuser_method_mapping": {(types): method}}``.
 
     Raises:
-        FusionError: a name is not there or is named twice, a module is shared, or the sequence does not fuse. `model` is
+        FusionError: a name is not there or is named twice, a module is shared or lazy, or the sequence does not fuse. `model` is
             unchanged then, also where an earlier group of the list would have fused.
 
     Example:
@@ -120,31 +128,66 @@ def _fuse(
     mapping = dict((config or {}).get("additional_fuser_method_mapping", {}))
     if not modules_to_fuse:
         raise FusionError("fuse_modules: no module is named")
-    groups: list[list[str]]
-    groups = [list(modules_to_fuse)] if isinstance(modules_to_fuse[0], str) else [list(g) for g in modules_to_fuse]
+    groups = _groups(modules_to_fuse)
     _check_names(model, groups)
-    if fuser_func is fuse_known_modules:  # all groups are checked before the first one changes anything
-        for names in groups:
-            modules = [model.get_submodule(n) for n in names]
-            if tuple(type(m) for m in modules) in mapping:
-                continue
-            try:
-                _check(modules, keeps_bn(is_qat))
-            except FusionError as error:
-                raise FusionError(f"fuse_modules {names}: {error}") from None
-    misread = _misread(model, groups)
+    if fuser_func is fuse_known_modules:
+        _check_groups(model, groups, is_qat, mapping)
     if not inplace:
+        if reason := p.lazy_reason(model):
+            raise FusionError(f"fuse_modules: {reason}; until then it cannot be copied")
         model = copy.deepcopy(model)
-    if misread is not None:
-        model.register_forward_pre_hook(partial(_refuse_forward, misread))
+    _watch(model, groups)
     for names in groups:
         modules = [model.get_submodule(n) for n in names]
         places = fuser_func(modules, is_qat, mapping)
         for name, place in zip(names, places, strict=True):
             replace_module(model, name, place)
-        if isinstance(places[0], Handoff) and refuse_escaped not in model._forward_hooks.values():
-            model.register_forward_hook(refuse_escaped)
     return model
+
+
+def _groups(modules_to_fuse: Sequence[Any]) -> list[list[str]]:
+    single = not modules_to_fuse or isinstance(modules_to_fuse[0], str)
+    return [list(modules_to_fuse)] if single else [list(g) for g in modules_to_fuse]
+
+
+_PYTORCHS_CALL = ("torch.ao.quantization.fuse_modules", "_fuse_modules")
+
+
+def _call_by_pytorch(mod_list: list[nn.Module]) -> tuple[nn.Module, list[list[str]]] | None:
+    """The model and all groups of the call of ``torch.quantization.fuse_modules`` of which `mod_list` is the first group.
+
+    PyTorch gives its ``fuser_func`` the modules of a group without the model, and so nothing to tell by who else reads their
+    values or whether the groups that follow will fuse: the model is looked up in the frame of the call.
+    """
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == _PYTORCHS_CALL:
+            model, groups = frame.f_locals["model"], _groups(frame.f_locals["modules_to_fuse"])
+            first = [id(model.get_submodule(name)) for name in groups[0]]
+            return (model, groups) if first == [id(m) for m in mod_list] else None
+        frame = frame.f_back
+    return None
+
+
+def _check_groups(model: nn.Module, groups: list[list[str]], is_qat: bool, mapping: Mapping[Any, Any]) -> None:
+    """All groups, before the first one changes anything."""
+    for names in groups:
+        modules = [model.get_submodule(n) for n in names]
+        if tuple(type(m) for m in modules) in mapping:
+            continue
+        try:
+            _check(modules, keeps_bn(is_qat))
+        except FusionError as error:
+            raise FusionError(f"fuse_modules {names}: {error}") from None
+
+
+def _watch(model: nn.Module, groups: list[list[str]]) -> None:
+    """Have the forward of `model` refused if it reads a value that will exist only inside one of the groups."""
+    if misread := _misread(model, groups):
+        model.register_forward_pre_hook(partial(_refuse_forward, misread))
+    adds = any(p.is_float_functional(model.get_submodule(name)) for names in groups for name in names)
+    if adds and refuse_escaped not in model._forward_hooks.values():
+        model.register_forward_hook(refuse_escaped)
 
 
 def _misread(model: nn.Module, groups: list[list[str]]) -> str | None:
@@ -221,6 +264,9 @@ def _check(modules: list[nn.Module], keep_bn: bool) -> Parts:
     """Read the sequence along the axes; raises FusionError and changes nothing."""
     if len({id(m) for m in modules}) != len(modules):
         raise FusionError(f"{chain(modules)}: a module is named twice")
+    for module in modules:
+        if reason := p.lazy_reason(module):
+            raise FusionError(f"cannot fuse {chain(modules)}: {reason}")
     row = p.anchor_of(modules[0]) if modules else None
     if row is None or len(modules) < 2:
         raise FusionError(f"cannot fuse {chain(modules)}: a group is {_EXPECTED}")

@@ -7,6 +7,7 @@ computing anything (Identity, in eval mode Dropout) is stepped over.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -490,6 +491,8 @@ class Matcher:
 
     def _unusual_anchor(self, node: fx.Node) -> tuple[str, str] | None:
         """The path and type of the subclass of an anchor, with a forward of its own, that a node is or is inside of."""
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            node = node.args[0]  # it returns more than its output
         paths = (
             [str(node.target)]
             if node.op == "call_module"

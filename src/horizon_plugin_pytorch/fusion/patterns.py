@@ -250,8 +250,16 @@ def anchor_reason(module: nn.Module) -> str | None:
         return (
             "its weight or bias is computed by a parametrization (weight norm, pruning, …); remove or bake it in first"
         )
-    if torch.nn.parameter.is_lazy(weight):
-        return "it is a lazy module that has not seen data yet"
+    return None
+
+
+def lazy_reason(model: nn.Module) -> str | None:
+    """The first module inside `model` whose tensors have no shape yet, so that nothing can be said of it, and what to do."""
+    for path, module in model.named_modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if torch.nn.parameter.is_lazy(tensor):
+                where = f"{path!r} ({type(module).__name__})" if path else f"the {type(module).__name__}"
+                return f"{where} is lazy and has not seen data yet; run the model's forward once first"
     return None
 
 

@@ -1,35 +1,32 @@
-"""Running a plan on the reference backend."""
+"""Running a plan: on the reference, or with the kernels of a backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from horizon_plugin_pytorch.backends import reference
-from horizon_plugin_pytorch.nn.quantized import operators
-from horizon_plugin_pytorch.nn.quantized.group import Geometry
-from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor, dequantize
-from horizon_plugin_pytorch.plan.functions import resolve
-from horizon_plugin_pytorch.plan.program import Const, Plan, PlanError, Ref, Step, refs
+from horizon_plugin_pytorch.plan.program import Plan, PlanError, refs
+from horizon_plugin_pytorch.plan.steps import fill, run_step
 
-BACKENDS = ("reference",)
-
-INTEGER_DTYPES = {"int8": torch.int8, "uint8": torch.uint8}
-OPERATORS: dict[str, type[operators.Operator]] = {
-    c.__name__: c
-    for c in (operators.Add, operators.Mul, operators.Cat, operators.AvgPool, operators.AdaptiveAvgPool, operators.Mean)
-}
+BACKENDS = ("reference", "cpu")
+_KEPT_SHAPES = 8
 
 
 class Runner:
     """A plan, callable like the model it was recorded from; made by `Plan.compile`.
 
-    Inputs are those of the model, of any batch and image size the model accepts, on any device (constants follow). Calls from
-    several threads do not disturb each other: all state is local to the call, but for the constants, which are only read.
+    Inputs are those of the model, of any batch and image size the model accepts. Calls from several threads do not disturb each
+    other: all state is local to the call, but for the constants, which are only read.
+
+    Attributes:
+        backend: ``cpu``: native kernels for tensors on the CPU. ``reference``: PyTorch, on any device (constants follow).
+        report: why that backend, and for each input shape so far the steps that run in PyTorch.
     """
 
     def __init__(self, plan: Plan, backend: str = "auto", threads: int | None = None) -> None:
@@ -38,31 +35,64 @@ class Runner:
         if threads is not None and threads < 1:
             raise PlanError(f"threads must be at least 1, not {threads}")
         self.plan, self.threads = plan, threads
-        self.backend = "reference"
+        self._auto = backend == "auto"
+        self._native: _Native | None = None
+        self.backend, why = "reference", "as asked"
+        if backend in ("auto", "cpu"):
+            from horizon_plugin_pytorch.backends.cpu import library
+
+            reason = library.why_not()
+            if reason is None:
+                self.backend, why = "cpu", "as asked" if backend == "cpu" else "the CPU kernels are there"
+                self._native = _Native(plan)
+                why += f" ({library.ISAS[self._native.isa]})"
+            elif backend == "cpu":
+                raise PlanError(f"backend 'cpu' is not available: {reason}")
+            else:
+                why = reason
+        self._why = why
         self._constants: dict[torch.device, dict[str, Tensor]] = {}
         self._last_use = _last_uses(plan)
+
+    @property
+    def report(self) -> str:
+        lines = [f"backend {self.backend}: {self._why}"]
+        if self._native is not None:
+            lines += self._native.report
+        return "\n".join(lines)
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Any:
         """Tensors in and out as the model's.
 
         Raises:
-            PlanError: a missing or unexpected argument, another dtype or number of dimensions than recorded, tensors on
-                several devices.
+            PlanError: a missing or unexpected argument, another dtype or number of dimensions than recorded, a size that the model
+                does not accept, NaN in what is quantized, tensors on several devices or on one that the backend cannot use.
         """
         values = self._bind(inputs, named)
         devices = {v.device for v in values}
         if len(devices) > 1:
             raise PlanError(f"the inputs are on several devices: {', '.join(sorted(map(str, devices)))}")
-        constants = self._on(next(iter(devices)) if devices else torch.device("cpu"))
-        with torch.no_grad(), _threads(self.threads):
-            for i, step in enumerate(self.plan.steps):
-                try:
-                    values.append(self._run(step, i, values, constants))
-                except Exception as error:
-                    raise PlanError(f"step {i} ({step.name!r}, {step.target or step.kind}): {error}") from error
-                for gone in self._last_use.get(i, ()):
-                    values[gone] = None
-            return _fill(self.plan.outputs, values, constants)
+        device = next(iter(devices)) if devices else torch.device("cpu")
+        with torch.no_grad():
+            if self._native is not None:
+                if device.type == "cpu":
+                    with _threads(self.threads):
+                        return self._native.run(values, self.threads or torch.get_num_threads())
+                if not self._auto:
+                    raise PlanError(f"backend 'cpu' runs tensors on the CPU; the inputs are on {device}: compile with 'reference'")
+            with _threads(self.threads):
+                return self._reference(values, device)
+
+    def _reference(self, values: list[Any], device: torch.device) -> Any:
+        constants = self._on(device)
+        for i, step in enumerate(self.plan.steps):
+            try:
+                values.append(run_step(step, values.__getitem__, constants))
+            except Exception as error:
+                raise PlanError(f"step {i} ({step.name!r}, {step.target or step.kind}): {error}") from error
+            for gone in self._last_use.get(i, ()):
+                values[gone] = None
+        return fill(self.plan.outputs, values.__getitem__, constants)
 
     def _bind(self, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> list[Any]:
         names = self.plan.inputs
@@ -85,77 +115,59 @@ class Runner:
             self._constants[device] = {n: t.to(device) for n, t in self.plan.constants.items()}
         return self._constants[device]
 
-    def _run(self, step: Step, position: int, values: list[Any], constants: dict[str, Tensor]) -> Any:
-        args = _fill(step.args, values, constants)
-        params = _fill(step.params, values, constants)
-        run = getattr(self, f"_{step.kind}")
-        if step.kind == "function":
-            return run(step.target, args, _fill(step.kwargs, values, constants))
-        return run(args, **params)
 
-    # -- one method per kind of step ------------------------------------------------------------------------------------------
+class _Native:
+    """The native programs of a plan, one per input shape and layout; the last few are kept."""
 
-    @staticmethod
-    def _quantize(args: Any, scale: Tensor, dtype: str) -> QTensor:
-        dtype8 = INTEGER_DTYPES[dtype]
-        axis = None if scale.dim() == 0 else 1
-        return QTensor.make(reference.quantize(args[0], scale, dtype8, axis), scale, dtype8)
+    def __init__(self, plan: Plan) -> None:
+        from horizon_plugin_pytorch.backends.cpu import library
+        from horizon_plugin_pytorch.plan.native.constants import Constants
+        from horizon_plugin_pytorch.plan.native.tuning import Cache
 
-    @staticmethod
-    def _dequantize(args: Any) -> Tensor:
-        return dequantize(args[0])
+        self.plan, self.isa = plan, library.best_isa()
+        self.constants = Constants(plan)
+        self.cache = Cache()
+        self._programs: OrderedDict[Any, Any] = OrderedDict()
+        self._lock = threading.Lock()
 
-    @staticmethod
-    def _group(
-        args: Any,
-        geometry: dict[str, Any],
-        weight: Tensor,
-        bias: Tensor,
-        m: Tensor,
-        bound: Tensor,
-        residual_ratio: Tensor | None = None,
-        activation: str | None = None,
-        scale: Tensor | None = None,
-        dtype: str = "float32",
-        output_size: Any = None,
-    ) -> Tensor:
-        walk = Geometry(**geometry)
-        acc = walk.accumulate(args[0].payload, weight, bias, output_size)
-        y = reference.epilogue(
-            acc, m, residual=args[1].payload if len(args) > 1 else None, residual_ratio=residual_ratio, activation=activation,
-            bound=bound, dtype=INTEGER_DTYPES.get(dtype, torch.float32), axis=walk.channel_axis(acc),
-        )  # fmt: skip
-        return y if scale is None else QTensor.make(y, scale, INTEGER_DTYPES[dtype])
+    def run(self, inputs: list[Tensor], threads: int) -> Any:
+        inputs = [_plain_layout(x) for x in inputs]
+        return self.program(inputs, threads)(inputs, threads)
 
-    @staticmethod
-    def _operator(args: Any, name: str, options: dict[str, Any], scale: Tensor, dtype: str) -> QTensor:
-        dtype8 = INTEGER_DTYPES[dtype]
-        return QTensor.make(OPERATORS[name](**options).integer(args, scale, dtype8), scale, dtype8)
+    def program(self, inputs: list[Tensor], threads: int) -> Any:
+        from horizon_plugin_pytorch.plan.native.execution import NativeProgram
+        from horizon_plugin_pytorch.plan.native.tuning import Tuner
 
-    @staticmethod
-    def _table(args: Any, table: Tensor, scale: Tensor, dtype: str) -> QTensor:
-        return QTensor.make(reference.lookup(args[0].payload, table), scale, INTEGER_DTYPES[dtype])
+        key = (*((tuple(x.shape), x.stride()) for x in inputs), threads)
+        with self._lock:
+            if key not in self._programs:
+                tuner = Tuner(self.isa, threads, self.cache)
+                self._programs[key] = NativeProgram(self.plan, self.constants, inputs, self.isa, tuner)
+                while len(self._programs) > _KEPT_SHAPES:
+                    self._programs.popitem(last=False)
+            self._programs.move_to_end(key)
+            return self._programs[key]
 
-    @staticmethod
-    def _function(target: str, args: Any, kwargs: Any) -> Any:
-        function: Callable[..., Any] | None = resolve(target)
-        assert function is not None  # a plan is checked when it is made or loaded
-        return function(*args, **kwargs)
+    @property
+    def report(self) -> list[str]:
+        lines = [] if self.cache.note is None else [self.cache.note]
+        with self._lock:
+            programs = list(self._programs.items())
+        for key, program in programs:
+            shapes = ", ".join("×".join(map(str, shape)) for shape, _ in key[:-1])
+            steps = [self.plan.steps[i] for i in program.steps_in_torch]
+            in_torch = "; ".join(f"{s.name} ({s.target or s.kind})" for s in steps) or "none"
+            lines.append(f"inputs {shapes}, {key[-1]} threads: arena {program.arena_bytes / 1e6:.2f} MB, steps in PyTorch: {in_torch}")
+        return lines
 
 
-def _fill(arguments: Any, values: list[Any], constants: dict[str, Tensor]) -> Any:
-    """Nested arguments with the values and constants they refer to."""
-    if isinstance(arguments, Ref):
-        return values[arguments.value]
-    if isinstance(arguments, Const):
-        return constants[arguments.name]
-    if isinstance(arguments, dict):
-        return {k: _fill(a, values, constants) for k, a in arguments.items()}
-    if isinstance(arguments, slice):
-        return slice(*(_fill(a, values, constants) for a in (arguments.start, arguments.stop, arguments.step)))
-    if isinstance(arguments, (tuple, list)):
-        return type(arguments)(_fill(a, values, constants) for a in arguments)
-    return arguments
+def _plain_layout(x: Tensor) -> Tensor:
+    """`x` itself if it is contiguous or channels-last, otherwise a contiguous copy: each layout is a program."""
+    x = x.detach()
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if x.is_contiguous() or (x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])):
+        return x
+    return x.contiguous()
 
 
 def _last_uses(plan: Plan) -> dict[int, list[int]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
 from horizon_plugin_pytorch.plan.functions import resolve
 from horizon_plugin_pytorch.plan.program import KINDS, Const, Plan, PlanError, Ref, Step, Value, refs
-from horizon_plugin_pytorch.plan.runner import INTEGER_DTYPES, OPERATORS
+from horizon_plugin_pytorch.plan.steps import INTEGER_DTYPES, OPERATORS
 
 FORMAT = 1
 _LARGEST_HEADER = 64 * 2**20

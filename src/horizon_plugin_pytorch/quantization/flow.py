@@ -146,7 +146,7 @@ def _plan_outputs(flow: Flow, graph: fx.Graph, modules: Modules, candidates: Map
         if own is not None and not any(reader in flow.quantized for reader, _, _ in readers):
             if not own.is_anchor:
                 flow.quantized.discard(node)
-                flow.reasons[node] = "only float operators read it"
+                flow.reasons[node] = "it is read only where values are float"
             flow.plans[node] = OutputPlan(high_precision=True)
             _forget(flow, node)
             continue

@@ -118,7 +118,7 @@ def as_group(anchor: nn.Module, owner: nn.Module | None = None) -> FusedGroup:
     row = p.anchor_of(anchor)
     assert row is not None
     group = group_class(p.Pattern(row))(anchor)
-    GuestKeys(anchor).attach(owner or group)
+    GuestKeys(anchor).follow(group, row.child).attach(owner or group)
     group.keys_elsewhere = (row.child,)
     move_hooks(anchor, owner or group, "_forward_pre_hooks", "_forward_hooks")
     return group

@@ -36,19 +36,26 @@ def get_default_qconfig(
     Args:
         activation_fake_quant: ``fake_quant``, ``lsq`` (the scale is learned) or None (high-precision output).
         weight_fake_quant: ``fake_quant`` or ``lsq``.
-        activation_observer: ``min_max``, ``percentile``, ``mse``, ``kl``, ``mix`` or ``fixed_scale``.
-        weight_observer: ``min_max`` (``max|w| / 127`` per output channel, always) or one of the others, used once.
+        activation_observer: ``min_max``, ``percentile``, ``mse``, ``kl``, ``mix`` or ``fixed_scale``. ``kl`` has one scale per
+            tensor, also for a tensor that only depthwise convolutions read, which has one per channel with the others.
+        weight_observer: ``min_max`` (``max|w| / 127`` per output channel, always) or one of the others but ``kl``, used once.
         activation_qkwargs: ``dtype`` (``qint8``, ``quint8``; by default quint8 where nothing can be negative) and the
             observer's own arguments, e.g. ``averaging_constant`` or ``percentile``.
         weight_qkwargs: the weight observer's arguments.
 
     Raises:
-        QuantizationError: an unknown name.
+        QuantizationError: an unknown name or argument, or a weight observer that has one scale per tensor only.
     """
     kinds = ("fake_quant", "lsq")
     for name, value in (("activation_fake_quant", activation_fake_quant), ("weight_fake_quant", weight_fake_quant)):
         if value not in kinds and not (value is None and name.startswith("activation")):
             raise QuantizationError(f"get_default_qconfig: {name}={value!r} is not one of {kinds}")
+    for name, given in (("activation_qkwargs", activation_qkwargs), ("weight_qkwargs", weight_qkwargs)):
+        if "axis" in (given or {}):
+            raise QuantizationError(
+                f"get_default_qconfig: {name} cannot choose an axis: a weight has one scale per output channel, and so has "
+                "what only depthwise convolutions read; anything else has one scale"
+            )
     options = dict(activation_qkwargs or {})
     dtype = options.pop("dtype", None)
     activation = None
@@ -57,11 +64,11 @@ def get_default_qconfig(
         observer()  # a wrong name or argument shows here, not at prepare
         activation = FakeQuantize.with_args(observer=observer, dtype=dtype, learned=activation_fake_quant == "lsq")
         activation()
-    weight_observer_factory = None
-    if weight_observer != "min_max":
-        weight_observer_factory = partial(make_observer, weight_observer, **(weight_qkwargs or {}))
-        weight_observer_factory()
-    weight = WeightFakeQuantize.with_args(observer=weight_observer_factory, learned=weight_fake_quant == "lsq")
+    of_weight = partial(make_observer, weight_observer, **(weight_qkwargs or {}))
+    of_weight(axis=0)
+    weight = WeightFakeQuantize.with_args(
+        observer=None if weight_observer == "min_max" else of_weight, learned=weight_fake_quant == "lsq"
+    )
     return QConfig(activation, weight)
 
 

@@ -87,27 +87,16 @@ def avg_pool(
     pads = as_tuple(padding, dims)
     if divisor_override == 0:
         raise ValueError("divisor_override must not be 0")
-    windows = [_windows(*one, ceil_mode) for one in zip(size, kernel, steps, pads, strict=True)]
-    if divisor_override is not None:
-        n = torch.tensor(divisor_override, dtype=torch.float64, device="cpu")
-    else:
-        n = _outer([w.padded if count_include_pad else w.stop - w.start for w in windows])
-    return _average(x_q, windows, n, s_x, s_y, dtype)
+    found = [windows(*one, ceil_mode) for one in zip(size, kernel, steps, pads, strict=True)]
+    return _average(x_q, found, divisors(found, count_include_pad, divisor_override), s_x, s_y, dtype)
 
 
 def adaptive_avg_pool(
     x_q: Tensor, s_x: Tensor, s_y: Tensor, dtype: torch.dtype, output_size: int | Sequence[int | None], *, dims: int = 2
 ) -> Tensor:
     """The average over ``output_size`` parts per dimension, ``[floor(i L / o), ceil((i + 1) L / o))``, n its size."""
-    size = x_q.shape[-dims:]
-    wanted = (output_size,) * dims if isinstance(output_size, int) else output_size
-    windows = []
-    for length, parts in zip(size, wanted, strict=True):
-        index = torch.arange(length if parts is None else parts, device="cpu")
-        start = index * length // len(index)
-        stop = -(-(index + 1) * length // len(index))
-        windows.append(_Windows(start, stop, stop - start))
-    return _average(x_q, windows, _outer([w.padded for w in windows]), s_x, s_y, dtype)
+    found = adaptive_windows(x_q.shape[-dims:], output_size)
+    return _average(x_q, found, places([w.padded for w in found]), s_x, s_y, dtype)
 
 
 def mean(
@@ -122,10 +111,10 @@ def mean(
     integer_range(x_q.dtype)
     total = x_q.sum(dim, keepdim=keepdim, dtype=torch.int64)
     n = torch.tensor(x_q.numel() / max(total.numel(), 1), dtype=torch.float64, device="cpu")
-    return epilogue(total, _ratio(s_x, n, s_y), dtype=dtype)
+    return epilogue(total, ratio(s_x, n, s_y), dtype=dtype)
 
 
-class _Windows(NamedTuple):
+class Windows(NamedTuple):
     """Where the windows along one dimension begin and end within the input, and how long they are with padding."""
 
     start: Tensor
@@ -133,7 +122,12 @@ class _Windows(NamedTuple):
     padded: Tensor
 
 
-def _windows(length: int, kernel: int, step: int, pad: int, ceil_mode: bool) -> _Windows:
+def windows(length: int, kernel: int, step: int, pad: int, ceil_mode: bool) -> Windows:
+    """Those of a pool along one dimension, counted as PyTorch does.
+
+    Raises:
+        ValueError: a padding larger than half the kernel, or a window that fits nowhere.
+    """
     if pad > kernel // 2:
         raise ValueError(f"padding {pad} is more than half of the kernel {kernel}")
     room = length + 2 * pad - kernel + (step - 1 if ceil_mode else 0)
@@ -144,10 +138,29 @@ def _windows(length: int, kernel: int, step: int, pad: int, ceil_mode: bool) -> 
         raise ValueError(f"a window of {kernel} does not fit into {length} with padding {pad}")
     start = torch.arange(count, device="cpu") * step - pad
     stop = (start + kernel).clamp(max=length + pad)
-    return _Windows(start.clamp(min=0), stop.clamp(max=length), stop - start)
+    return Windows(start.clamp(min=0), stop.clamp(max=length), stop - start)
 
 
-def _outer(lengths: Sequence[Tensor]) -> Tensor:
+def adaptive_windows(size: Sequence[int], output_size: int | Sequence[int | None]) -> list[Windows]:
+    """Those of an adaptive pool along each dimension: `output_size` parts, ``[floor(i L / o), ceil((i + 1) L / o))``."""
+    wanted = (output_size,) * len(size) if isinstance(output_size, int) else output_size
+    found = []
+    for length, parts in zip(size, wanted, strict=True):
+        index = torch.arange(length if parts is None else parts, device="cpu")
+        start = index * length // len(index)
+        stop = -(-(index + 1) * length // len(index))
+        found.append(Windows(start, stop, stop - start))
+    return found
+
+
+def divisors(found: Sequence[Windows], count_include_pad: bool, divisor_override: int | None) -> Tensor:
+    """What an average over these windows divides by, float64: one value, or one per place."""
+    if divisor_override is not None:
+        return torch.tensor(divisor_override, dtype=torch.float64, device="cpu")
+    return places([w.padded if count_include_pad else w.stop - w.start for w in found])
+
+
+def places(lengths: Sequence[Tensor]) -> Tensor:
     """The sizes of the windows, ``[1, *out]``, from their lengths along each dimension; exact in float64."""
     total = torch.ones(1, dtype=torch.float64, device="cpu")
     for length in lengths:
@@ -156,20 +169,20 @@ def _outer(lengths: Sequence[Tensor]) -> Tensor:
 
 
 def _average(
-    x_q: Tensor, windows: Sequence[_Windows], n: Tensor, s_x: Tensor, s_y: Tensor, dtype: torch.dtype
+    x_q: Tensor, found: Sequence[Windows], n: Tensor, s_x: Tensor, s_y: Tensor, dtype: torch.dtype
 ) -> Tensor:
     lo, hi = integer_range(x_q.dtype)
-    largest = prod(int((w.stop - w.start).max()) for w in windows) * max(-lo, hi)
+    largest = prod(int((w.stop - w.start).max()) for w in found) * max(-lo, hi)
     # Differences of running sums: exact in integers, where those may wrap around as long as the difference fits.
     total = x_q.to(torch.int32 if largest < 2**31 else torch.int64)
-    for dim, window in enumerate(windows, start=-len(windows)):
+    for dim, window in enumerate(found, start=-len(found)):
         running = F.pad(total.movedim(dim, -1).cumsum(-1, dtype=total.dtype), (1, 0)).movedim(-1, dim)
         stop, start = (running.index_select(dim, edge.to(running.device)) for edge in (window.stop, window.start))
         total = stop.sub_(start)
-    y = epilogue(total, _ratio(s_x, n, s_y), dtype=dtype)
+    y = epilogue(total, ratio(s_x, n, s_y), dtype=dtype)
     return in_layout_of(x_q, y)
 
 
-def _ratio(s_x: Tensor, n: Tensor, s_y: Tensor) -> Tensor:
+def ratio(s_x: Tensor, n: Tensor, s_y: Tensor) -> Tensor:
     """``float32(s_x / (n * s_y))``, one value per place; n and its product with a float32 are exact in float64."""
     return scale_ratio(s_x, over=s_y.to(torch.float64) * n.to(s_y.device))

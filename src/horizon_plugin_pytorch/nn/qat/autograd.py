@@ -67,9 +67,9 @@ class RoundActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         saved, s = ctx.saved_tensors
-        grad = grad.float() / s
         if not ctx.learned:
-            return grad.mul_(saved), *[None] * 7
+            return saved.float().mul_(grad).div_(s), *[None] * 7
+        grad = grad.float() / s
         lo, hi, relu, bound = ctx.limits
         q = _round(saved.clone(), s, lo, hi, bound)
         z = saved.clamp(min=0) if relu else saved

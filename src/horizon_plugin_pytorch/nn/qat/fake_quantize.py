@@ -106,9 +106,10 @@ class FakeQuantize(HasScale, MakesIntegers):  # type: ignore[misc]  # there, Non
     # -- set up by prepare ---------------------------------------------------------------------------------------------
 
     def per_channel(self, axis: int) -> None:
-        """Use one scale per channel; before anything was observed."""
-        self.axis = axis
-        self.observer = self.observer_factory(axis=axis)
+        """Use one scale per channel, if the observer's kind can; before anything was observed."""
+        if self.observer.allows_axis:
+            self.axis = axis
+            self.observer = self.observer_factory(axis=axis)
 
     def nonnegative(self) -> None:
         """No value is negative: use quint8 unless the qconfig asks for another dtype."""
@@ -163,6 +164,12 @@ class FakeQuantize(HasScale, MakesIntegers):  # type: ignore[misc]  # there, Non
         given = hasattr(self.observer, "given")  # by the user, who may want a larger one
         return scale if self.limit is None or given else scale.clamp(max=self.limit / self.bounds[1])
 
+    @property
+    def _moves(self) -> bool:
+        """Training moves the scale with the data."""
+        settled = self.ready and self.observer.averaging_constant == 0
+        return self.state is FakeQuantState.QAT and not (self.fixed or settled)
+
     def current_scale(self) -> Tensor:
         """A copy of the scale.
 
@@ -199,7 +206,7 @@ class FakeQuantize(HasScale, MakesIntegers):  # type: ignore[misc]  # there, Non
         if self.learned:
             self._require_scale()
             scale = self.trained(y[:1].numel(), self.bounds[1])
-        elif self.state is FakeQuantState.QAT and not (self.fixed or in_recomputation()):
+        elif self._moves and not in_recomputation():
             self.observe(y)
             scale = self._observed()
             self.store(scale)

@@ -16,7 +16,7 @@ def add_headroom(model: nn.Module, factor: float = 1.25) -> nn.Module:
     The extremes of a single channel come from few values: data that were not seen exceed them often, and clipping a rare strong
     feature (a face, to a face detector) costs far more than a coarser step, ``factor**2`` of a noise that is small where each
     channel has its own scale anyway. A scale that a whole tensor shares has its extremes from all channels and is left as it is.
-    ReLU6 bounds its scale as before.
+    ReLU6 bounds its scale as before. Training forgets the headroom, unless the observers' ``averaging_constant`` is 0.
 
     Args:
         model: prepared and calibrated; changed in place.

@@ -76,7 +76,8 @@ class KLObserver(HistogramObserver):
     A level's values are spread evenly over it, not over its bins that are not empty. uint8 has 256 levels, int8 128.
     Exact zeros have no say. At most half of the other values are clipped. See `criteria.relative_entropy`.
 
-    One scale per tensor only: a channel alone seldom has the many values that a comparison of distributions needs.
+    One scale per tensor only, also before depthwise convolutions: a channel alone seldom has the many values that a
+    comparison of distributions needs.
 
     Args:
         bins: histogram bins of each sign, a power of two from 32 on. From 2048 on they are narrower than int8's steps

@@ -1,0 +1,379 @@
+// AVX2: products of four bytes at a time, without the saturation of vpmaddubsw.
+//
+// vpmaddubsw adds two products of u8 and s8 in 16 bits. It saturates only where |w0 + w1| > 128 (255 * 128 = 32640; weights of opposite
+// signs never do). So the groups of four weights along the sum are sorted, once per call and tile of 16 channels: a group without such
+// a pair in any channel takes vpmaddubsw, vpmaddwd and vpaddd for 32 products; one that has none when its bytes are paired otherwise
+// takes a vpshufb of the input more; the rest is multiplied in 16 bits, even and odd bytes apart, with two vpmaddwd and two vpaddd
+// for 32 products. s8 inputs are shifted by 128.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "../kernels/avx2_epilogue.hpp"
+#include "../kernels/elementwise.hpp"
+#include "../kernels/pool.hpp"
+#include "../kernels/upsample.hpp"
+#include "../tier.hpp"
+
+namespace horizon {
+namespace {
+
+// The compiler must neither add the products of two steps before it adds them to the accumulators, nor put all of a step's products
+// first: both need more registers than there are.
+#define HZ_KEEP(v) __asm__("" : "+x"(v))
+
+HZ_INLINE inline __m256i load(const void *p) { return _mm256_load_si256(static_cast<const __m256i *>(p)); }
+HZ_INLINE inline void store(void *p, __m256i v) { _mm256_store_si256(static_cast<__m256i *>(p), v); }
+
+HZ_INLINE inline __m256i broadcast4(const uint8_t *p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return _mm256_set1_epi32(word);
+}
+
+// ---- weights of a tile of 16 channels, sorted
+
+// How the bytes of a group of four are paired: 01 23, 02 13, 03 21, or not at all.
+constexpr int pairings = 3, wide = pairings, kinds = pairings + 1;
+template <int PAIRING> HZ_INLINE inline __m256i paired(__m256i v) {
+  if (PAIRING == 0) return v;
+  constexpr int a = PAIRING == 1 ? 0x03010200 : 0x01020300;
+  return _mm256_shuffle_epi8(v, _mm256_setr_epi32(a, a + 0x04040404, a + 0x08080808, a + 0x0c0c0c0c, a, a + 0x04040404,
+                                                  a + 0x08080808, a + 0x0c0c0c0c));
+}
+
+// The groups of each kind, one kind after the other.
+struct Sorted {
+  int count[kinds];
+  const int32_t *at;     // bytes from a pixel; a group's input
+  const int8_t *weights; // [16 channels][4], paired; of a wide group [16 channels][bytes 0 and 2], then [..][1 and 3], in 16 bits
+};
+
+constexpr int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+// Bytes that the sorted weights of a tile take at most.
+constexpr int64_t sorted_bytes(int64_t groups) { return groups * 128 + whole_lines(groups * 4); }
+
+// Whether two products of these weights, 8 channels each, fit in 16 bits.
+HZ_INLINE inline bool fit(__m256i w0, __m256i w1) {
+  const __m256i ones = _mm256_set1_epi8(1), most = _mm256_set1_epi16(128);
+  const __m256i over0 = _mm256_cmpgt_epi16(_mm256_abs_epi16(_mm256_maddubs_epi16(ones, w0)), most);
+  const __m256i over1 = _mm256_cmpgt_epi16(_mm256_abs_epi16(_mm256_maddubs_epi16(ones, w1)), most);
+  const __m256i over = _mm256_or_si256(over0, over1);
+  return _mm256_testz_si256(over, over) != 0;
+}
+
+inline int kind_of(__m256i w0, __m256i w1) {
+  if (fit(w0, w1)) return 0;
+  if (fit(paired<1>(w0), paired<1>(w1))) return 1;
+  return fit(paired<2>(w0), paired<2>(w1)) ? 2 : wide;
+}
+
+// kind: memory for a byte per group.
+Sorted sort_weights(const hz_conv &c, int64_t tile, int64_t groups, uint8_t *memory, uint8_t *kind) {
+  const int8_t *const weights = c.weights + tile * c.steps * 1024;
+  const int32_t offset = c.block_offset ? c.block_offset[tile] : 0;
+  auto *const at = reinterpret_cast<int32_t *>(memory + groups * 128);
+  Sorted sorted{{}, at, reinterpret_cast<const int8_t *>(memory)};
+  const auto each_group = [&](auto visit) {
+    const int8_t *w = weights;
+    int64_t i = 0;
+    for (int k = 0; k < c.steps; ++k, w += 1024)
+      for (int g = 0; g < c.used[k]; ++g, ++i) visit(i, load(w + 64 * g), load(w + 64 * g + 32), offset + c.step[k] + 4 * g);
+  };
+  each_group([&](int64_t i, __m256i w0, __m256i w1, int32_t) { ++sorted.count[kind[i] = uint8_t(kind_of(w0, w1))]; });
+  uint8_t *to[kinds];
+  int32_t *place[kinds];
+  for (int n = 0, before = 0; n < kinds; before += sorted.count[n++]) {
+    to[n] = memory + before * 64;
+    place[n] = at + before;
+  }
+  each_group([&](int64_t i, __m256i w0, __m256i w1, int32_t input) {
+    const int n = kind[i];
+    uint8_t *const v = to[n];
+    *place[n]++ = input;
+    if (n == wide) {
+      store(v, _mm256_srai_epi16(_mm256_slli_epi16(w0, 8), 8));
+      store(v + 32, _mm256_srai_epi16(_mm256_slli_epi16(w1, 8), 8));
+      store(v + 64, _mm256_srai_epi16(w0, 8));
+      store(v + 96, _mm256_srai_epi16(w1, 8));
+      to[n] += 128;
+    } else {
+      store(v, n == 0 ? w0 : n == 1 ? paired<1>(w0) : paired<2>(w0));
+      store(v + 32, n == 0 ? w1 : n == 1 ? paired<1>(w1) : paired<2>(w1));
+      to[n] += 64;
+    }
+  });
+  return sorted;
+}
+
+// ---- P pixels by the 16 channels of a tile, or by its first 8
+
+template <int P, bool SIGNED, bool HALF>
+void block(const Sorted &s, const Channels &c, const uint8_t *const *in, uint8_t *const *out, const uint8_t *const *res) {
+  const uint8_t *pixel[P];
+  __m256i lo[P], hi[P];
+  each<P>([&](auto p) HZ_INLINE {
+    pixel[p] = in[p];
+    lo[p] = c.start[0];
+    hi[p] = c.start[1];
+  });
+  const __m256i shift = _mm256_set1_epi8(char(0x80)), ones = _mm256_set1_epi16(1), low = _mm256_set1_epi16(0xff);
+  const auto add = [](__m256i &sum, __m256i products) HZ_INLINE {
+    sum = _mm256_add_epi32(sum, products);
+    HZ_KEEP(sum);
+  };
+  const int8_t *w = s.weights;
+  const int32_t *at = s.at;
+  each<pairings>([&](auto pairing) HZ_INLINE {
+    for (const int32_t *const end = at + s.count[pairing]; at != end; ++at, w += 64) {
+      const int64_t place = *at;
+      const __m256i w0 = load(w), w1 = load(w + 32);
+      each<P>([&](auto p) HZ_INLINE {
+        __m256i x = paired<pairing>(broadcast4(pixel[p] + place));
+        if (SIGNED) x = _mm256_xor_si256(x, shift);
+        add(lo[p], _mm256_madd_epi16(_mm256_maddubs_epi16(x, w0), ones));
+        if (!HALF) add(hi[p], _mm256_madd_epi16(_mm256_maddubs_epi16(x, w1), ones));
+      });
+    }
+  });
+  for (const int32_t *const end = at + s.count[wide]; at != end; ++at, w += 128) {
+    const int64_t place = *at;
+    each<P>([&](auto p) HZ_INLINE {
+      __m256i x = broadcast4(pixel[p] + place);
+      if (SIGNED) x = _mm256_xor_si256(x, shift);
+      const __m256i even = _mm256_and_si256(x, low), odd = _mm256_srli_epi16(x, 8);
+      add(lo[p], _mm256_madd_epi16(even, load(w)));
+      if (!HALF) add(hi[p], _mm256_madd_epi16(even, load(w + 32)));
+      add(lo[p], _mm256_madd_epi16(odd, load(w + 64)));
+      if (!HALF) add(hi[p], _mm256_madd_epi16(odd, load(w + 96)));
+    });
+  }
+  finish<P>(c, lo, hi, out, res);
+}
+
+using Block = void (*)(const Sorted &, const Channels &, const uint8_t *const *, uint8_t *const *, const uint8_t *const *);
+constexpr int most_pixels = 6, usual_pixels = 5; // of a block
+
+template <bool SIGNED, bool HALF>
+const Block blocks[most_pixels + 1] = {nullptr,
+                                       block<1, SIGNED, HALF>,
+                                       block<2, SIGNED, HALF>,
+                                       block<3, SIGNED, HALF>,
+                                       block<4, SIGNED, HALF>,
+                                       block<5, SIGNED, HALF>,
+                                       block<6, SIGNED, HALF>};
+
+// ---- convolution
+
+// Pixels of any images: their inputs, outputs and residuals.
+struct Stretch {
+  static constexpr int capacity = 240; // the inputs of so many pixels fit in the second-level cache
+  int count;
+  const uint8_t *in[capacity], *res[capacity];
+  uint8_t *out[capacity];
+
+  // Pixels [first, last), numbered through all the images.
+  void fill(const hz_conv &c, Slots slots, int64_t first, int64_t last) {
+    const uint8_t *const from = at(c.in, slots), *const other = at(c.res, slots);
+    uint8_t *const to = at(c.out, slots);
+    count = int(last - first);
+    int64_t image = first / c.pixels, f = first % c.pixels;
+    for (int i = 0; i < count; ++i) {
+      const bool stored = c.out_at[f] >= 0;
+      in[i] = from + image * c.in_image + c.pixel[f];
+      out[i] = stored ? to + image * c.out_image + c.out_at[f] : nullptr;
+      res[i] = other && stored ? other + image * c.res_image + c.res_at[f] : other;
+      if (++f == c.pixels) {
+        f = 0;
+        ++image;
+      }
+    }
+  }
+};
+
+void conv(const hz_conv &c, Slots slots, Part part) {
+  int64_t tile0 = 0, tile1 = (c.channels + 15) / 16, first = 0, last = c.images * c.pixels;
+  if (c.by_channels)
+    part.range(tile1, tile0, tile1);
+  else
+    part.range(last, first, last);
+  if (tile0 >= tile1 || first >= last) return;
+
+  int64_t groups = 0;
+  for (int k = 0; k < c.steps; ++k) groups += c.used[k];
+  // As many tiles at a time as have room for their sorted weights in the second-level cache.
+  constexpr int64_t room = 512 << 10;
+  constexpr int most_tiles = 64;
+  const int64_t bytes = sorted_bytes(groups);
+  const int64_t at_a_time = std::min<int64_t>({std::max<int64_t>(room / bytes, 1), most_tiles, tile1 - tile0});
+  uint8_t *const memory = scratch(at_a_time * bytes + groups), *const kind = memory + at_a_time * bytes;
+
+  const bool is_signed = c.in.dtype == HZ_S8;
+  const Block *const whole = is_signed ? blocks<true, false> : blocks<false, false>;
+  const Block *const half = is_signed ? blocks<true, true> : blocks<false, true>;
+  const int width = c.rows >= 1 && c.rows <= most_pixels ? c.rows : usual_pixels;
+  Sorted sorted[most_tiles];
+  Channels channels[most_tiles];
+  Stretch stretch;
+  for (int64_t begin = tile0; begin < tile1; begin += at_a_time) {
+    const int tiles = int(std::min(at_a_time, tile1 - begin));
+    for (int t = 0; t < tiles; ++t) {
+      sorted[t] = sort_weights(c, begin + t, groups, memory + t * bytes, kind);
+      channels[t] = channels_of(c.epilogue, is_signed ? c.weight_sum : nullptr, c.out.dtype, c.res, 16 * (begin + t), c.channels);
+    }
+    for (int64_t f = first; f < last; f += stretch.count) {
+      stretch.fill(c, slots, f, std::min(last, f + Stretch::capacity));
+      const int parts = (stretch.count + width - 1) / width;
+      for (int t = 0; t < tiles; ++t) {
+        const Block *const kernels = channels[t].count > 8 ? whole : half;
+        for (int i = 0; i < parts; ++i) { // of even sizes
+          const int at = stretch.count * i / parts, end = stretch.count * (i + 1) / parts;
+          kernels[end - at](sorted[t], channels[t], stretch.in + at, stretch.out + at, stretch.res + at);
+        }
+      }
+    }
+  }
+}
+
+// ---- depthwise: 16 channels in words, two taps interleaved for vpmaddwd
+
+template <bool SIGNED> HZ_INLINE inline __m256i words(const uint8_t *p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+  return SIGNED ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
+}
+
+// Two taps of a row of pixels: their first pixel's inputs, and the next pixel's.
+struct Taps {
+  int pairs;               // of taps
+  const int64_t (*at)[2];  // [pairs] bytes from a pixel
+  const int16_t *weights;  // [pairs][channels 0..3 and 8..11, then 4..7 and 12..15][2]
+  int64_t pitch;           // bytes from an output pixel's input to the next one's
+};
+
+// Adds P pixels' products. COLUMNS 0: every pair of taps by itself. Else the pairs are of two rows, COLUMNS of them side by side with
+// neighbouring pixels `pitch` apart, so that an interleaved pair of inputs serves all the pixels whose windows hold it.
+template <int P, bool SIGNED, int COLUMNS>
+HZ_INLINE inline void add_taps(const Taps &t, const uint8_t *in, __m256i (&lo)[P], __m256i (&hi)[P]) {
+  const int16_t *w = t.weights;
+  if constexpr (COLUMNS == 0) {
+    for (int i = 0; i < t.pairs; ++i, w += 32) {
+      const uint8_t *const a = in + t.at[i][0], *const b = in + t.at[i][1];
+      const __m256i w0 = load(w), w1 = load(w + 16);
+      each<P>([&](auto p) HZ_INLINE {
+        const __m256i x = words<SIGNED>(a + p * t.pitch), y = words<SIGNED>(b + p * t.pitch);
+        lo[p] = _mm256_add_epi32(lo[p], _mm256_madd_epi16(_mm256_unpacklo_epi16(x, y), w0));
+        hi[p] = _mm256_add_epi32(hi[p], _mm256_madd_epi16(_mm256_unpackhi_epi16(x, y), w1));
+        HZ_KEEP(lo[p]);
+        HZ_KEEP(hi[p]);
+      });
+    }
+  } else {
+    for (int i = 0; i < t.pairs; i += COLUMNS, w += 32 * COLUMNS) {
+      const uint8_t *const a = in + t.at[i][0], *const b = in + t.at[i][1];
+      each<P + COLUMNS - 1>([&](auto column) HZ_INLINE {
+        const __m256i x = words<SIGNED>(a + column * t.pitch), y = words<SIGNED>(b + column * t.pitch);
+        const __m256i low = _mm256_unpacklo_epi16(x, y), high = _mm256_unpackhi_epi16(x, y);
+        each<P>([&](auto p) HZ_INLINE {
+          if constexpr (column - p >= 0 && column - p < COLUMNS) {
+            lo[p] = _mm256_add_epi32(lo[p], _mm256_madd_epi16(low, load(w + 32 * (column - p))));
+            hi[p] = _mm256_add_epi32(hi[p], _mm256_madd_epi16(high, load(w + 32 * (column - p) + 16)));
+            HZ_KEEP(lo[p]);
+            HZ_KEEP(hi[p]);
+          }
+        });
+      });
+    }
+  }
+}
+
+template <int P, bool SIGNED, int COLUMNS>
+void depthwise_block(const Taps &t, const Channels &c, const uint8_t *in, uint8_t *const *out, const uint8_t *const *res) {
+  __m256i lo[P], hi[P];
+  each<P>([&](auto p) HZ_INLINE { lo[p] = hi[p] = _mm256_setzero_si256(); });
+  add_taps<P, SIGNED, COLUMNS>(t, in + c.first, lo, hi);
+  each<P>([&](auto p) HZ_INLINE { // in order of channels
+    const __m256i sums = _mm256_permute2x128_si256(lo[p], hi[p], 0x20);
+    hi[p] = _mm256_add_epi32(c.start[1], _mm256_permute2x128_si256(lo[p], hi[p], 0x31));
+    lo[p] = _mm256_add_epi32(c.start[0], sums);
+  });
+  finish<P>(c, lo, hi, out, res);
+}
+
+using DepthwiseBlock = void (*)(const Taps &, const Channels &, const uint8_t *, uint8_t *const *, const uint8_t *const *);
+constexpr int depthwise_pixels = 4;
+
+template <bool SIGNED, int COLUMNS> DepthwiseBlock depthwise_of(int pixels) {
+  static const DepthwiseBlock of[] = {nullptr, depthwise_block<1, SIGNED, COLUMNS>, depthwise_block<2, SIGNED, COLUMNS>,
+                                      depthwise_block<3, SIGNED, COLUMNS>, depthwise_block<4, SIGNED, COLUMNS>};
+  return of[pixels];
+}
+
+template <bool SIGNED> DepthwiseBlock depthwise_of(int columns, int pixels) {
+  return columns == 3   ? depthwise_of<SIGNED, 3>(pixels)
+         : columns == 5 ? depthwise_of<SIGNED, 5>(pixels)
+                        : depthwise_of<SIGNED, 0>(pixels);
+}
+
+void depthwise(const hz_depthwise &d, Slots slots, Part part) {
+  const int64_t tiles = (d.channels + 15) / 16;
+  int64_t first, last;
+  part.range(d.images * d.height * tiles, first, last);
+  if (first >= last) return;
+
+  // Pairs of taps: of neighbouring rows where neighbouring pixels share columns, else one after the other. What a last one lacks is
+  // itself with weight 0.
+  const bool shared = d.stride_x == 1 && d.dilation_x == 1 && (d.kernel_x == 3 || d.kernel_x == 5);
+  const int columns = shared ? d.kernel_x : 0, all = d.kernel_y * d.kernel_x;
+  const int pairs = shared ? (d.kernel_y + 1) / 2 * columns : (all + 1) / 2;
+  const int64_t weight_bytes = int64_t(pairs) * 64;
+  uint8_t *const memory = scratch(tiles * weight_bytes + pairs * 16);
+  auto *const taps_at = reinterpret_cast<int64_t(*)[2]>(memory + tiles * weight_bytes);
+  const int64_t padded = (int64_t(d.channels) + HZ_CHANNELS - 1) / HZ_CHANNELS * HZ_CHANNELS;
+  for (int i = 0; i < pairs; ++i) {
+    const int a = shared ? i / columns * 2 * columns + i % columns : 2 * i, b = shared ? a + columns : a + 1;
+    const auto place = [&](int tap) {
+      return tap / d.kernel_x * d.dilation_y * d.in_row + tap % d.kernel_x * d.dilation_x * d.in_pixel;
+    };
+    taps_at[i][0] = place(a);
+    taps_at[i][1] = place(b < all ? b : a);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const auto weights = [&](int tap) { return words<true>(reinterpret_cast<const uint8_t *>(d.weights + tap * padded + 16 * tile)); };
+      const __m256i x = weights(a), y = b < all ? weights(b) : _mm256_setzero_si256();
+      uint8_t *const to = memory + tile * weight_bytes + i * 64;
+      store(to, _mm256_unpacklo_epi16(x, y));
+      store(to + 32, _mm256_unpackhi_epi16(x, y));
+    }
+  }
+
+  DepthwiseBlock blocks[depthwise_pixels + 1];
+  for (int p = 1; p <= depthwise_pixels; ++p)
+    blocks[p] = d.in.dtype == HZ_S8 ? depthwise_of<true>(columns, p) : depthwise_of<false>(columns, p);
+  const uint8_t *const in = at(d.in, slots), *const other = at(d.res, slots);
+  uint8_t *const out = at(d.out, slots);
+  for (int64_t unit = first; unit < last; ++unit) {
+    const int64_t tile = unit % tiles, image = unit / tiles / d.height, y = unit / tiles % d.height;
+    const Channels channels = channels_of(d.epilogue, nullptr, d.out.dtype, d.res, 16 * tile, d.channels);
+    const Taps taps{pairs, taps_at, reinterpret_cast<const int16_t *>(memory + tile * weight_bytes), d.stride_x * d.in_pixel};
+    const uint8_t *from = in + image * d.in_image + y * d.stride_y * d.in_row;
+    const uint8_t *res = other ? other + image * d.res_image + y * d.res_row : nullptr;
+    uint8_t *to = out + image * d.out_image + y * d.out_row;
+    for (int x = 0; x < d.width;) {
+      const int n = std::min(depthwise_pixels, d.width - x);
+      uint8_t *pixel[depthwise_pixels];
+      const uint8_t *residual[depthwise_pixels];
+      for (int p = 0; p < n; ++p) {
+        pixel[p] = to + (x + p) * d.out_pixel;
+        residual[p] = res ? res + (x + p) * d.res_pixel : nullptr;
+      }
+      blocks[n](taps, channels, from + x * taps.pitch, pixel, residual);
+      x += n;
+    }
+  }
+}
+
+} // namespace
+
+const Tier avx2_tier = {conv, depthwise, elementwise, max_pool, avg_pool, upsample, nullptr, nullptr};
+
+} // namespace horizon

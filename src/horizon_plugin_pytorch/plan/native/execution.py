@@ -1,0 +1,190 @@
+"""A native program and what a call of it needs: an arena, slots, and PyTorch for the steps in between."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from horizon_plugin_pytorch.backends.cpu import library
+from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
+from horizon_plugin_pytorch.plan.native import tuning
+from horizon_plugin_pytorch.plan.native.constants import Constants
+from horizon_plugin_pytorch.plan.native.layout import View
+from horizon_plugin_pytorch.plan.native.lowering import InTorch, Lowering, TorchStep
+from horizon_plugin_pytorch.plan.native.shapes import infer
+from horizon_plugin_pytorch.plan.native.tuning import Tuner
+from horizon_plugin_pytorch.plan.program import Plan, PlanError
+from horizon_plugin_pytorch.plan.steps import INTEGER_DTYPES, fill, run_step
+
+_MOST_IDLE_STATES = 4
+
+
+class _State:
+    """What one call at a time may use: an arena, and operations that write to this state's flag for NaN."""
+
+    def __init__(self, program: NativeProgram) -> None:
+        self.arena = torch.empty(program.arena_bytes + library.SLACK, dtype=torch.uint8)
+        self.bad = ctypes.c_int32(0)
+        self.own: list[Any] = []
+        lowered = program.lowered
+        operations = lowered.builder.operations
+        array = (library.Op * max(len(operations), 1))()
+        for i, operation in enumerate(operations):
+            params = operation.params
+            if i in lowered.quantizes:
+                params = type(params).from_buffer_copy(params)
+                params.bad = ctypes.addressof(self.bad)
+                self.own.append(params)
+            array[i] = library.Op(library.KINDS[operation.kind], int(operation.barrier), ctypes.addressof(params))
+        self.own.append(array)
+        self.segments: list[TorchStep | library.Program] = []
+        begin = 0
+        for step in [*lowered.torch_steps, None]:
+            end = len(operations) if step is None else step.position
+            if end > begin:
+                first = ctypes.cast(ctypes.addressof(array[begin]), ctypes.POINTER(library.Op))
+                self.segments.append(
+                    library.Program(first, end - begin, 1, ctypes.addressof(program.slot_step), program.slots, 0, program.arena_bytes)
+                )
+            if step is not None:
+                self.segments.append(step)
+            begin = end
+
+
+class NativeProgram:
+    """A plan for inputs of one shape and layout; may be called by several threads at a time.
+
+    Raises:
+        PlanError: the plan does not accept these inputs.
+    """
+
+    def __init__(
+        self, plan: Plan, constants: Constants, inputs: Sequence[Tensor], isa: int, tuner: Tuner | None = None
+    ) -> None:
+        self.plan, self.isa = plan, isa
+        metas = infer(plan, [(tuple(x.shape), x.dtype) for x in inputs])
+        self.lowered = Lowering(plan, constants, metas, inputs).run()
+        self.arena_bytes = self.lowered.arena_bytes
+        self.slots = len(self.lowered.slots) + 1
+        self.slot_step = (ctypes.c_int64 * self.slots)()
+        self._inputs = len(inputs)
+        self._imported = {
+            step.imported.buffer.slot for step in self.lowered.torch_steps if step.imported is not None
+        }  # slots of floats that PyTorch makes
+        self._states: deque[_State] = deque()
+        for operation in self.lowered.builder.operations:
+            if operation.kind == "conv":
+                tuning.apply(operation, tuning.usual(operation.params))
+        if tuner is not None:
+            self._tune(tuner, inputs)
+
+    def _tune(self, tuner: Tuner, inputs: Sequence[Tensor]) -> None:
+        arena = torch.randint(0, 256, (self.arena_bytes + library.SLACK,), dtype=torch.uint8)
+        tuner.tune(self.lowered.builder.operations, self._pointers(self._tensors(arena, inputs)))
+
+    def _tensors(self, arena: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """The tensors of all slots; None for those that PyTorch makes on the way."""
+        tensors: list[Tensor | None] = [arena, *inputs]
+        for slot, view in enumerate(self.lowered.slots[self._inputs :], start=self._inputs + 1):
+            made = None
+            if slot not in self._imported:
+                made = torch.empty_strided(view.shape, [s // view.item for s in view.strides], dtype=torch.float32)
+            tensors.append(made)
+        return tensors
+
+    def _pointers(self, tensors: Sequence[Tensor | None]) -> Any:
+        return (ctypes.c_void_p * self.slots)(*(None if t is None else t.data_ptr() for t in tensors))
+
+    @property
+    def steps_in_torch(self) -> list[int]:
+        return [step.index for step in self.lowered.torch_steps]
+
+    def __call__(self, inputs: Sequence[Tensor], threads: int) -> Any:
+        try:
+            state = self._states.pop()
+        except IndexError:
+            state = _State(self)
+        try:
+            return self._run(state, inputs, threads)
+        finally:
+            if len(self._states) < _MOST_IDLE_STATES:
+                self._states.append(state)
+
+    def _run(self, state: _State, inputs: Sequence[Tensor], threads: int) -> Any:
+        tensors = self._tensors(state.arena, inputs)
+        pointers = self._pointers(tensors)
+        values: dict[int, Any] = {}
+
+        def value(index: int) -> Any:
+            return self._value(self.lowered.values[index], values, tensors, state)
+
+        for segment in state.segments:
+            if isinstance(segment, library.Program):
+                self._native(segment, pointers, threads, state)
+            else:
+                self._in_torch(segment, value, values, tensors, pointers, state)
+        return fill(self.plan.outputs, lambda n: self._detached(value(n), state), self.plan.constants)
+
+    def _native(self, program: library.Program, pointers: Any, threads: int, state: _State) -> None:
+        state.bad.value = 0
+        code = library.load().hz_run(ctypes.byref(program), pointers, threads, self.isa)
+        if code:
+            raise PlanError(f"the CPU kernels refused the program with code {code}")
+        if state.bad.value:
+            raise PlanError(f"an input of {self.plan.model} holds NaN, which has no integer")
+
+    def _in_torch(
+        self, step: TorchStep, value: Any, values: dict[int, Any], tensors: list[Tensor | None], pointers: Any, state: _State
+    ) -> None:
+        what = self.plan.steps[step.index]
+        try:
+            result = run_step(what, value, self.plan.constants)
+        except Exception as error:
+            raise PlanError(f"step {step.index} ({what.name!r}, {what.target or what.kind}): {error}") from error
+        result = tree_map(lambda leaf: self._detached(leaf, state), result)
+        values[step.index] = result
+        view = step.imported
+        if view is None:
+            return
+        if view.buffer.slot:
+            tensors[view.buffer.slot] = result.contiguous()
+            pointers[view.buffer.slot] = tensors[view.buffer.slot].data_ptr()  # type: ignore[union-attr]
+        else:
+            _tensor(view, state.arena).copy_(result.payload)
+
+    def _value(self, value: Any, values: dict[int, Any], tensors: list[Tensor | None], state: _State) -> Any:
+        """A value of the plan as the functions of PyTorch take it."""
+        if isinstance(value, InTorch):
+            return values[value.index]
+        if isinstance(value, View):
+            if value.buffer.slot:
+                return tensors[value.buffer.slot]
+            assert value.scale is not None
+            return QTensor.make(_tensor(value, state.arena), value.scale, INTEGER_DTYPES[value.dtype])
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._value(v, values, tensors, state) for v in value)
+        return value
+
+    @staticmethod
+    def _detached(value: Any, state: _State) -> Any:
+        """A copy of what lies in the arena, which the next call overwrites."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(NativeProgram._detached(v, state) for v in value)
+        if not isinstance(value, Tensor):
+            return value
+        plain = value.payload if isinstance(value, QTensor) else value
+        if plain.untyped_storage().data_ptr() != state.arena.untyped_storage().data_ptr():
+            return value
+        return value.like(plain.clone()) if isinstance(value, QTensor) else plain.clone()
+
+
+def _tensor(view: View, arena: Tensor) -> Tensor:
+    """A view of the arena as a tensor of integers."""
+    start = view.buffer.offset + view.offset
+    return arena.view(INTEGER_DTYPES[view.dtype]).as_strided(view.shape, view.strides, start)

@@ -1,0 +1,155 @@
+"""Fused groups as operations: which kernel, and the tables that say where each output pixel finds its input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+
+from horizon_plugin_pytorch.backends.cpu import library
+from horizon_plugin_pytorch.nn.quantized.group import Geometry
+from horizon_plugin_pytorch.plan.native.constants import Constants, step_offsets
+from horizon_plugin_pytorch.plan.native.layout import View, offsets
+from horizon_plugin_pytorch.plan.native.program import Builder
+from horizon_plugin_pytorch.plan.native.walks import Walk
+from horizon_plugin_pytorch.plan.program import PlanError, Step
+
+# A table covers several images where one has fewer pixels than this, so that tiles of 16 pixels are full.
+_PIXELS_OF_A_TABLE = 256
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a convolution is done; every choice gives the same result. See csrc/horizon_cpu.h."""
+
+    rows: int = 0
+    columns: int = 0
+    by_channels: bool = False
+    pixels_inside: bool = False
+    flatten: bool = False
+
+
+@dataclass(frozen=True)
+class Operands:
+    """A group's input, output and residual as images ``[N, *spatial]`` of channels; views have their channels in dimension 1."""
+
+    x: View
+    y: View
+    residual: View | None
+    choice: Choice = field(default_factory=Choice)
+
+
+def emit(builder: Builder, constants: Constants, step: Step, walks: tuple[Walk, ...], operands: Operands, barrier: bool) -> None:
+    """Append the operation for one phase of a group."""
+    geometry = Geometry(**step.params["geometry"])
+    channels = operands.x.shape[1]
+    depthwise = geometry.groups == channels == constants.outputs(step) and len(walks) in (1, 2) and channels > 1
+    if depthwise and all(w.deltas and w.dilation for w in walks):
+        _depthwise(builder, constants, step, walks, operands, barrier)
+    else:
+        _conv(builder, constants, step, walks, operands, barrier)
+
+
+def _epilogue(builder: Builder, constants: Constants, step: Step, operands: Operands) -> library.Epilogue:
+    residual = operands.residual
+    vectors = constants.vectors(step, operands.x.dtype, None if residual is None else residual.dtype)
+    builder.kept.append(vectors)
+    return vectors.structure(step.params["activation"])
+
+
+def _along(view: View | None, walks: tuple[Walk, ...]) -> tuple[int, tuple[int, ...]]:
+    """Of an output or residual: bytes to the phase's first element, and from each of its elements to the next."""
+    if view is None:
+        return 0, (0,) * len(walks)
+    strides = view.strides[2:]
+    start = sum(w.first * s for w, s in zip(walks, strides, strict=True))
+    return start, tuple(w.every * s for w, s in zip(walks, strides, strict=True))
+
+
+def _conv(builder: Builder, constants: Constants, step: Step, walks: tuple[Walk, ...], operands: Operands, barrier: bool) -> None:
+    x, y, residual = operands.x, operands.y, operands.residual
+    compact = bool(walks) and x.strides[-1] == x.shape[1] and walks[-1].dilation == 1
+    weights = constants.conv(step, walks, compact)
+    builder.kept.append(weights)
+    counts = [w.count for w in walks]
+    images, pixels = x.shape[0], prod(counts)
+    together = 1
+    if pixels < _PIXELS_OF_A_TABLE:
+        together = next(n for n in range(1, images + 1) if images % n == 0 and (n * pixels >= _PIXELS_OF_A_TABLE or n == images))
+    reads = tuple(w.stride * s for w, s in zip(walks, x.strides[2:], strict=True))
+    (y_start, y_reads), (r_start, r_reads) = _along(y, walks), _along(residual, walks)
+    deltas = step_offsets(weights, walks, x.strides[2:])
+    corner = int(deltas.min())
+    pixel = _padded(offsets((together, *counts), (x.strides[0], *reads)), step, repeat=True)
+    out_at = _padded(offsets((together, *counts), (y.strides[0], *y_reads)), step, repeat=False)
+    params = library.Conv(
+        images=images // together,
+        in_image=x.strides[0] * together,
+        out_image=y.strides[0] * together,
+        pixels=pixels * together,
+        tiles=len(pixel) // library.TILE,
+        pixel=builder.array(pixel),
+        out_at=builder.array(out_at),
+        pitch=builder.array(_pitch(pixel)),
+        steps=len(weights.steps),
+        channels=constants.outputs(step),
+        step=builder.array(deltas - corner, np.int32),
+        used=builder.array(weights.used),
+        weights=weights.tiles.data_ptr(),
+        weight_sum=weights.sums.data_ptr(),
+        epilogue=_epilogue(builder, constants, step, operands),
+        rows=operands.choice.rows,
+        columns=operands.choice.columns,
+        by_channels=operands.choice.by_channels,
+        pixels_inside=operands.choice.pixels_inside,
+    )
+    if weights.block_offset is not None:
+        params.block_offset = builder.array(weights.block_offset)
+    if residual is not None:
+        params.res_image = residual.strides[0] * together
+        params.res_at = builder.array(_padded(offsets((together, *counts), (residual.strides[0], *r_reads)), step, repeat=True))
+    params.in_.offset, params.out.offset, params.res.offset = corner, y_start, r_start
+    builder.add("conv", params, [(params.in_, x), (params.out, y), (params.res, residual)], barrier)
+
+
+def _padded(table: np.ndarray, step: Step, repeat: bool) -> np.ndarray:
+    """As int32, up to a whole number of tiles, with the last entry repeated or -1."""
+    if len(table) and int(table.max()) >= 2**31:
+        raise PlanError(f"{step.name!r}: an image is larger than 2 GiB")
+    missing = -len(table) % library.TILE
+    return np.concatenate([table, np.full(missing, table[-1] if repeat else -1)]).astype(np.int32)
+
+
+def _pitch(pixel: np.ndarray) -> np.ndarray:
+    steps = np.diff(pixel.reshape(-1, library.TILE), axis=1)
+    return np.where((steps == steps[:, :1]).all(1), steps[:, 0], 0).astype(np.int32)
+
+
+def _depthwise(builder: Builder, constants: Constants, step: Step, walks: tuple[Walk, ...], operands: Operands, barrier: bool) -> None:
+    x, y, residual = operands.x, operands.y, operands.residual
+    weights = constants.depthwise(step, walks)
+    builder.kept.append(weights)
+    (y_start, y_reads), (r_start, r_reads) = _along(y, walks), _along(residual, walks)
+    rows = (Walk(1, 1, (0,), (0,)), *walks)[-2:]
+    in_reads, out_reads, res_reads = ((0, *reads)[-2:] for reads in (x.strides[2:], y_reads, r_reads))
+    params = library.Depthwise(
+        images=x.shape[0],
+        in_image=x.strides[0],
+        out_image=y.strides[0],
+        res_image=0 if residual is None else residual.strides[0],
+        channels=x.shape[1],
+        weights=weights.weights.data_ptr(),
+        weight_sum=weights.sums.data_ptr(),
+        epilogue=_epilogue(builder, constants, step, operands),
+    )
+    params.in_row, params.in_pixel = in_reads
+    params.out_row, params.out_pixel = out_reads
+    params.res_row, params.res_pixel = res_reads
+    (params.height, params.width) = (w.count for w in rows)
+    (params.kernel_y, params.kernel_x) = (len(w.deltas) for w in rows)
+    (params.stride_y, params.stride_x) = (w.stride for w in rows)
+    (params.dilation_y, params.dilation_x) = (w.dilation for w in rows)
+    corner = sum(w.deltas[0] * s for w, s in zip(walks, x.strides[2:], strict=True))
+    params.in_.offset, params.out.offset, params.res.offset = corner, y_start, r_start
+    builder.add("depthwise", params, [(params.in_, x), (params.out, y), (params.res, residual)], barrier)

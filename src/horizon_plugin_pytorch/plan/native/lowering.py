@@ -1,0 +1,417 @@
+"""From a plan to a native program, for inputs of given shapes.
+
+A walk over the steps. Each kind has a rule that appends operations and says where its result lies; a step without a rule that fits is
+handed to PyTorch, which cuts the program there. Before that, two looks ahead over the readers of every value: how wide a halo they
+need, and which operands of a concatenation can be written where they end up.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from horizon_plugin_pytorch.backends import reference
+from horizon_plugin_pytorch.backends.cpu import library
+from horizon_plugin_pytorch.nn.quantized.group import Geometry
+from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
+from horizon_plugin_pytorch.plan.native import elementwise, groups, moves, windows
+from horizon_plugin_pytorch.plan.native.constants import Constants
+from horizon_plugin_pytorch.plan.native.layout import Buffer, Halo, View, fresh, zero_ranges
+from horizon_plugin_pytorch.plan.native.program import Builder, Operation
+from horizon_plugin_pytorch.plan.native.walks import Walk, halo, phases
+from horizon_plugin_pytorch.plan.program import Plan, Ref, Step, refs
+from horizon_plugin_pytorch.plan.steps import fill
+
+
+@dataclass(frozen=True)
+class InTorch:
+    """A value that PyTorch makes while the program runs."""
+
+    index: int
+    meta: Any
+
+
+@dataclass
+class TorchStep:
+    """A step of the plan that PyTorch runs, between the operations before `position` and those from it on.
+
+    `imported`: where its result is copied to for the operations that read it.
+    """
+
+    index: int
+    position: int
+    time: int
+    imported: View | None = None
+
+
+@dataclass
+class Lowered:
+    """A program without its threads and arenas: operations, and what the caller has to bring.
+
+    Attributes:
+        values: for each value of the plan a `View`, `InTorch`, a host value, or a tuple of these.
+        slots: the buffers of slots 1, 2, …; inputs first.
+        quantizes: numbers of the operations that look for NaN.
+    """
+
+    builder: Builder
+    values: list[Any]
+    torch_steps: list[TorchStep]
+    slots: list[View]
+    arena_bytes: int = 0
+    quantizes: list[int] = field(default_factory=list)
+
+
+class Lowering:
+    def __init__(self, plan: Plan, constants: Constants, metas: Sequence[Any], inputs: Sequence[Tensor]) -> None:
+        self.plan, self.constants, self.metas = plan, constants, metas
+        self.builder = Builder()
+        self.env: list[Any] = []
+        self.torch_steps: list[TorchStep] = []
+        self.slots: list[View] = []
+        self.quantizes: list[int] = []
+        self.readers = Counter(r.value for s in plan.steps for r in refs((s.args, s.kwargs, s.params)))
+        self.outputs = {r.value for r in refs(plan.outputs)}
+        for x in inputs:
+            strides = tuple(s * x.element_size() for s in x.stride())
+            self.env.append(self._slot(tuple(x.shape), strides, str(x.dtype).removeprefix("torch.")))
+        self.walks: dict[int, list[tuple[Walk, ...]]] = {}
+        self.halos: dict[int, dict[int, tuple[int, int]]] = {}
+        self.axes: dict[int, int] = {}
+        self._look_ahead()
+        self.joins: dict[int, tuple[int, int]] = {}
+        self.joined: dict[int, View] = {}
+        self._look_for_joins()
+
+    # -- looking ahead ------------------------------------------------------------------------------------------------------
+
+    def value(self, step: int) -> int:
+        return len(self.plan.inputs) + step
+
+    def _look_ahead(self) -> None:
+        """The halo that the readers of each value need, and the dimension they want its channels along."""
+        for i in reversed(range(len(self.plan.steps))):
+            step, result = self.plan.steps[i], self.value(i)
+            source = next((r.value for r in refs(step.args)), None)
+            if source is None or not isinstance(self.metas[source], QTensor | Tensor):
+                continue
+            if step.kind == "group":
+                self._look_at_group(i, step, source)
+            elif step.kind == "function" and moves.keeps(step.target):
+                if result in self.axes:
+                    self.axes.setdefault(source, self.axes[result])
+                self._widen(source, self.halos.get(result, {}))
+            elif step.kind in ("table", "operator") and result in self.axes:
+                for ref in refs(step.args):
+                    if len(self.metas[ref.value].shape) == len(self.metas[result].shape):
+                        self.axes.setdefault(ref.value, self.axes[result])
+
+    def _look_at_group(self, i: int, step: Step, source: int) -> None:
+        geometry = Geometry(**step.params["geometry"])
+        x, y = tuple(self.metas[source].shape), tuple(self.metas[self.value(i)].shape)
+        axis = len(x) - 1 - geometry.dims
+        self.axes[source] = axis
+        if not geometry.dims:
+            self.walks[i] = [tuple(Walk(n, 1, (0,), (0,)) for n in x[:-1])]
+            return
+        inputs = windows.padded_size(geometry, x[axis + 1 :])
+        self.walks[i] = phases(geometry, inputs, y[axis + 1 :])
+        if geometry.padding_mode == "zeros":
+            self._widen(source, self._halo(i, axis, inputs))
+
+    def _halo(self, i: int, axis: int, inputs: tuple[int, ...]) -> dict[int, tuple[int, int]]:
+        sides = halo(self.walks[i], inputs)
+        return {axis + 1 + d: side for d, side in enumerate(sides) if any(side)}
+
+    def _widen(self, value: int, need: Halo) -> None:
+        have = self.halos.setdefault(value, {})
+        for dim, (before, after) in need.items():
+            old = have.get(dim, (0, 0))
+            have[dim] = (max(old[0], before), max(old[1], after))
+
+    def _look_for_joins(self) -> None:
+        """Operands that are written straight into the concatenation that alone reads them."""
+        for i, step in enumerate(self.plan.steps):
+            if step.kind != "operator" or step.params["name"] != "Cat":
+                continue
+            result = self.metas[self.value(i)]
+            dim = step.params["options"]["dim"] % result.dim()
+            if result.dim() < 3 or dim != self.axes.get(self.value(i), 1):
+                continue
+            begin = 0
+            for ref in step.args:
+                operand = self.metas[ref.value]
+                alone = self.readers[ref.value] == 1 and ref.value not in self.outputs
+                made = ref.value >= len(self.plan.inputs) and self._writes(ref.value, dim)
+                same = operand.dtype8 == result.dtype8 and torch.equal(operand.scale, result.scale)
+                if alone and made and same and operand.dim() == result.dim():
+                    self.joins[ref.value] = (self.value(i), begin)
+                begin += operand.shape[dim]
+
+    def _writes(self, value: int, dim: int) -> bool:
+        """Whether a value's operations can write it with its channels along `dim`."""
+        step = self.plan.steps[value - len(self.plan.inputs)]
+        if step.kind == "group":
+            return dim == self.metas[value].dim() - 1 - step.params["geometry"]["dims"]
+        return step.kind in ("operator", "table", "quantize") and step.params.get("name") != "Cat"
+
+    # -- values -------------------------------------------------------------------------------------------------------------
+
+    def _slot(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> View:
+        size = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
+        view = View(Buffer(size, slot=len(self.slots) + 1), shape, strides, dtype)
+        self.slots.append(view)
+        return view
+
+    def axis(self, value: int, default: int | None = None) -> int:
+        """The dimension of a new value that holds its channels."""
+        dims = self.metas[value].dim()
+        return self.axes.get(value, default if default is not None else (1 if dims > 2 else max(dims - 1, 0)))
+
+    def new(self, value: int, axis: int | None = None) -> View:
+        """Memory for a value that an operation makes, its halo cleared."""
+        meta = self.metas[value]
+        axis = self.axis(value) if axis is None else axis
+        if not isinstance(meta, QTensor):
+            laid = fresh(tuple(meta.shape), "float32", axis)
+            return self._slot(laid.shape, laid.strides, "float32")
+        if value in self.joins:
+            whole, begin = self.joins[value]
+            if whole not in self.joined:
+                self.joined[whole] = self._integers(whole, self.axis(whole))
+            place = self.joined[whole]
+            axis = self.axis(whole)
+            part = place.narrowed(axis, begin, meta.shape[axis])
+            return replace(part, halo=place.halo, scale=meta.scale)
+        return self._integers(value, axis)
+
+    def _integers(self, value: int, axis: int, need: Halo | None = None) -> View:
+        meta = self.metas[value]
+        dtype = str(meta.dtype8).removeprefix("torch.")
+        view = fresh(tuple(meta.shape), dtype, axis, self.halos.get(value) if need is None else need, meta.scale)
+        self._clear(view, axis)
+        return view
+
+    def _clear(self, view: View, axis: int) -> None:
+        if view.halo:
+            images, image, ranges = zero_ranges(view, axis)
+            params = library.Zero(images=images, image=image, ranges=len(ranges), range=self.builder.array(ranges))
+            at_start = replace(view, offset=0)
+            self.builder.add("zero", params, [(params.out, at_start)], barrier=False)
+
+    def view(self, ref: Ref) -> View | None:
+        """Where a value lies; what PyTorch made is copied into the arena (or, floats, read where they are)."""
+        value = self.env[ref.value]
+        if isinstance(value, View):
+            return value
+        if isinstance(value, InTorch) and isinstance(value.meta, Tensor):
+            return self._import(value, ref.value)
+        return None
+
+    def _import(self, value: InTorch, index: int) -> View | None:
+        step = next(s for s in self.torch_steps if s.index == value.index)
+        if step.imported is None:
+            if isinstance(value.meta, QTensor):
+                axis = self.axis(index)
+                meta = value.meta
+                dtype = str(meta.dtype8).removeprefix("torch.")
+                step.imported = fresh(tuple(meta.shape), dtype, axis, {}, meta.scale)
+                step.imported.buffer.use(step.time)
+                self.builder.buffers.append(step.imported.buffer)
+            elif value.meta.dtype == torch.float32:
+                meta = value.meta
+                strides = [0] * meta.dim()
+                size = 4
+                for d in reversed(range(meta.dim())):
+                    strides[d], size = size, size * meta.shape[d]
+                step.imported = self._slot(tuple(meta.shape), tuple(strides), "float32")
+        return step.imported
+
+    def operand(self, ref: Ref, axis: int, need: Halo | None = None) -> View | None:
+        """A value with its channels next to each other along `axis`, and zeros around it; copied if it does not lie so."""
+        view = self.view(ref)
+        if view is None or (view.channels_last(axis) and view.fits_halo(need or {})):
+            return view
+        laid = fresh(view.shape, view.dtype, axis, need or {}, view.scale)
+        self._clear(laid, axis)
+        return laid if elementwise.emit(self.builder, "copy", laid, view) else None
+
+    # -- steps --------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> Lowered:
+        rules: dict[str, Callable[[int, Step], Any]] = {
+            "quantize": self._quantize, "dequantize": self._dequantize, "group": self._group, "operator": self._operator,
+            "table": self._table, "function": self._function,
+        }  # fmt: skip
+        for i, step in enumerate(self.plan.steps):
+            self.builder.step = i
+            meta = self.metas[self.value(i)]
+            if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(meta)):
+                self.env.append(meta)  # a host value is known by now
+                continue
+            result = rules[step.kind](i, step)
+            self.env.append(self._in_torch(i, step) if result is None else result)
+        lowered = Lowered(self.builder, self.env, self.torch_steps, self.slots, quantizes=self.quantizes)
+        self.builder.wait()
+        for leaf in tree_leaves(fill(self.plan.outputs, self.env.__getitem__, self.constants)):
+            if isinstance(leaf, View):
+                self.builder.use(leaf.buffer)
+        lowered.arena_bytes = self.builder.finish()
+        return lowered
+
+    def _in_torch(self, i: int, step: Step) -> InTorch:
+        self.builder.wait()
+        for leaf in tree_leaves(fill((step.args, step.kwargs, step.params), self.env.__getitem__, self.constants)):
+            if isinstance(leaf, View):
+                self.builder.use(leaf.buffer)
+        self.torch_steps.append(TorchStep(i, len(self.builder.operations), self.builder.time))
+        self.builder.time += 1
+        return InTorch(i, self.metas[self.value(i)])
+
+    def _quantize(self, i: int, step: Step) -> View | None:
+        x = self.view(step.args[0])
+        if x is None or x.dtype != "float32":
+            return None
+        y = self.new(self.value(i))
+        bad = len(self.builder.operations)
+        if not elementwise.emit(self.builder, "quantize", y, x, m=y.scale):
+            return None
+        self.quantizes.append(bad)
+        return y
+
+    def _dequantize(self, i: int, step: Step) -> View | None:
+        x = self.view(step.args[0])
+        if x is None or x.scale is None:
+            return None
+        y = self._slot(*_same_order(x), "float32")
+        return y if elementwise.emit(self.builder, "dequantize", y, x, m=x.scale) else None
+
+    def _group(self, i: int, step: Step) -> View | None:
+        geometry = Geometry(**step.params["geometry"])
+        ref = step.args[0]
+        shape = tuple(self.metas[ref.value].shape)
+        axis = len(shape) - 1 - geometry.dims
+        out_shape = tuple(self.metas[self.value(i)].shape)
+        if out_shape[: axis or None][: axis] != shape[:axis]:  # the residual is larger than the sum
+            return None
+        if 0 in out_shape:
+            return None
+        if geometry.padding_mode != "zeros":
+            x = self.operand(ref, axis)
+            x = None if x is None else windows.pad(self.builder, x, geometry)
+        else:
+            inputs = windows.padded_size(geometry, shape[axis + 1 :])
+            x = self.operand(ref, axis, self._halo(i, axis, inputs) if geometry.dims else None)
+        if x is None or x.dtype == "float32":
+            return None
+        residual = None
+        if len(step.args) > 1:
+            residual = self.view(step.args[1])
+            if residual is None:
+                return None
+            residual = elementwise.broadcast(residual, out_shape)
+            if not residual.channels_last(axis) or (residual.strides[axis] == 0 and out_shape[axis] > 1):
+                laid = fresh(out_shape, residual.dtype, axis, None, residual.scale)
+                if not elementwise.emit(self.builder, "copy", laid, residual):
+                    return None
+                residual = laid
+        y = self.new(self.value(i), axis)
+        as_images = _images if geometry.dims else _rows
+        operands = groups.Operands(
+            as_images(x, axis), as_images(y, axis), None if residual is None else as_images(residual, axis)
+        )
+        for n, walks in enumerate(self.walks[i]):
+            groups.emit(self.builder, self.constants, step, walks, operands, barrier=n == len(self.walks[i]) - 1)
+        return y
+
+    def _operator(self, i: int, step: Step) -> View | None:
+        name, options = step.params["name"], step.params["options"]
+        if name == "Cat":
+            return self._cat(i, step, options["dim"])
+        if name in ("Add", "Mul"):
+            return self._add_or_mul(i, step, name.lower(), options.get("activation"))
+        return windows.average(self, i, step, name, options)
+
+    def _add_or_mul(self, i: int, step: Step, kind: str, activation: str | None) -> View | None:
+        a, b = (self.view(ref) for ref in step.args)
+        if a is None or b is None or a.scale is None or b.scale is None:
+            return None
+        scale = self.constants[step.params["scale"].name]
+        axis = _memory_axis(a if len(a.shape) == len(self.metas[self.value(i)].shape) else b)
+        if any(s.dim() for s in (a.scale, b.scale, scale)) and self.metas[self.value(i)].dim() < 2:
+            return None
+        y = self.new(self.value(i), self.axes.get(self.value(i), axis))
+        if kind == "add":
+            m, ratio, bound = reference.group_multipliers(a.scale, None, scale, b.scale)
+        else:
+            (m, _, bound), ratio = reference.group_multipliers(a.scale, b.scale, scale), None
+        done = elementwise.emit(self.builder, kind, y, a, b, m=m, ratio=ratio, bound=bound, activation=activation)
+        return y if done else None
+
+    def _cat(self, i: int, step: Step, dim: int) -> View | None:
+        value = self.value(i)
+        views = [self.view(ref) for ref in step.args]
+        if any(v is None or v.scale is None for v in views):
+            return None
+        meta = self.metas[value]
+        dim %= meta.dim()
+        y = self.joined.get(value) or self._integers(value, self.axes.get(value, _memory_axis(views[0])))  # type: ignore[arg-type]
+        scale = self.constants[step.params["scale"].name]
+        begin = 0
+        last: Operation | None = None
+        for view in views:
+            assert view is not None and view.scale is not None
+            length = view.shape[dim]
+            if view.buffer is not y.buffer:
+                part = y.narrowed(dim, begin, length)
+                m = reference.scale_ratio(view.scale, over=scale)
+                kind = "copy" if bool((m == 1).all()) and view.dtype == y.dtype else "rescale"
+                last = elementwise.emit(self.builder, kind, part, view, m=None if kind == "copy" else m, barrier=False)
+                if last is None:
+                    return None
+            begin += length
+        if last is not None:
+            last.barrier = True
+            self.builder.time += 1
+        return y
+
+    def _table(self, i: int, step: Step) -> View | None:
+        x = self.view(step.args[0])
+        if x is None:
+            return None
+        y = self.new(self.value(i), self.axes.get(self.value(i), _memory_axis(x)))
+        done = elementwise.emit(self.builder, "table", y, x, table=self.constants[step.params["table"].name])
+        return y if done else None
+
+    def _function(self, i: int, step: Step) -> Any:
+        return moves.lower(self, i, step)
+
+
+def _same_order(x: View) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of compact float32 that lie in the order of `x`."""
+    strides = [0] * len(x.shape)
+    step = 4
+    for d in sorted(range(len(x.shape)), key=lambda d: (x.strides[d], -d)):
+        strides[d] = step
+        step *= x.shape[d]
+    return x.shape, tuple(strides)
+
+
+def _memory_axis(x: View) -> int:
+    """The dimension whose elements are neighbours in memory."""
+    return min(range(len(x.shape)), key=lambda d: (x.strides[d] if x.shape[d] > 1 else 2**62, -d), default=0)
+
+
+def _images(x: View, axis: int) -> View:
+    return x if axis == 1 else x.unsqueezed()
+
+
+def _rows(x: View, axis: int) -> View:
+    """``[..., C]`` as one image whose pixels are the leading dimensions: ``[1, C, ...]``."""
+    return x.reshaped((1, x.shape[-1], *x.shape[:-1]), (0, x.strides[-1], *x.strides[:-1]))

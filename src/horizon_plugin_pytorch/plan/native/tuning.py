@@ -1,0 +1,200 @@
+"""Which way of doing each convolution is the fastest here: measured once, and remembered in a file.
+
+Every way gives the same result (see hz_conv in csrc/horizon_cpu.h), so a wrong or stale entry costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import platform
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from horizon_plugin_pytorch.backends.cpu import library
+from horizon_plugin_pytorch.plan.native.program import Operation
+
+Way = tuple[int, int, int, int, int]
+"""Which of the operation's structures, then rows, columns, by_channels, pixels_inside."""
+
+FORMAT = 1
+BUDGET = 1.5
+"""Seconds of measuring per program; operations that come after them keep the way that is usually good."""
+
+# Pixels per block (tiles of 16 for AMX) and tiles of 16 channels per block, per instruction set.
+_BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {
+    "amx": ((1, 4), (2, 2), (4, 1), (1, 3), (1, 2), (2, 1)),
+    "avx512_vnni": ((6, 4), (5, 4), (4, 4), (8, 3), (12, 2), (14, 2), (10, 2), (7, 2), (14, 1)),
+    "avx2": ((0, 0), (1, 0), (2, 0), (3, 0), (4, 0)),
+    "portable": ((0, 0),),
+}
+
+
+def usual(params: library.Conv) -> Way:
+    """Threads share the channels where there are few pixels for many weights; what the kernels take for the rest."""
+    weights = params.steps * library.STEP * params.channels
+    few = params.images * params.tiles < 8 and weights > 2**16
+    return 0, 0, 0, int(few), 0
+
+
+def apply(operation: Operation, way: Way) -> None:
+    which, rows, columns, by_channels, pixels_inside = way
+    operation.params = operation.ways[which]
+    params = operation.params
+    params.rows, params.columns, params.by_channels, params.pixels_inside = rows, columns, by_channels, pixels_inside
+
+
+class Tuner:
+    """Chooses ways, for one instruction set and number of threads."""
+
+    def __init__(self, isa: int, threads: int, cache: Cache) -> None:
+        self.isa, self.threads, self.cache = isa, threads, cache
+
+    def tune(self, operations: list[Operation], pointers: Any) -> None:
+        """Choose for every convolution; `pointers` are slots with memory that the operations may overwrite."""
+        until = time.monotonic() + BUDGET
+        for operation in operations:
+            if operation.kind != "conv":
+                continue
+            key = self._key(operation)
+            way = self.cache.get(key, len(operation.ways))
+            if way is None and time.monotonic() < until:
+                way = self._measure(operation, pointers)
+                self.cache.put(key, way)
+            apply(operation, way or usual(operation.params))
+        self.cache.write()
+
+    def _blocks(self, operation: Operation) -> list[Way]:
+        """The sizes of blocks that the kernels have, and that the convolution's channels fill."""
+        start = usual(operation.ways[0])
+        tiles = -(-operation.ways[0].channels // library.TILE)
+        widest = 1 if operation.ways[0].block_offset else tiles
+        return [start] + [
+            (which, rows, columns, *start[3:])
+            for which in range(len(operation.ways))
+            for rows, columns in _BLOCKS[library.ISAS[self.isa]]
+            if columns <= widest
+        ]
+
+    def _splits(self, way: Way) -> list[Way]:
+        """What else can be chosen for a size of blocks: how threads share the work, and the order."""
+        shares = (0, 1) if self.threads > 1 else (0,)
+        orders = (0,) if self.isa < library.ISAS.index("avx512_vnni") else (0, 1)
+        return [(*way[:3], by_channels, inside) for by_channels in shares for inside in orders]
+
+    def _measure(self, operation: Operation, pointers: Any) -> Way:
+        times: dict[Way, float] = {}
+
+        def fastest(ways: list[Way], count: int, repeats: int) -> list[Way]:
+            for way in ways:
+                times[way] = min(times.get(way, math.inf), self._seconds(operation, way, pointers, repeats))
+            return sorted(dict.fromkeys(ways), key=times.__getitem__)[:count]
+
+        blocks = fastest(self._blocks(operation), 2, 2)
+        ways = fastest([way for block in blocks for way in self._splits(block)], 2, 2)
+        return fastest(ways, 1, 5)[0]
+
+    def _seconds(self, operation: Operation, way: Way, pointers: Any, repeats: int) -> float:
+        apply(operation, way)
+        op = library.Op(library.KINDS[operation.kind], 1, ctypes.addressof(operation.params))
+        seconds = (ctypes.c_double * repeats)()
+        code = library.load().hz_time(ctypes.byref(op), pointers, self.threads, self.isa, repeats, seconds)
+        return min(seconds) if code == 0 else float("inf")
+
+    def _key(self, operation: Operation) -> str:
+        p = operation.ways[0]
+        used = np.ctypeslib.as_array(ctypes.cast(p.used, ctypes.POINTER(ctypes.c_uint8)), (p.steps,))
+        pitch = np.ctypeslib.as_array(ctypes.cast(p.pitch, ctypes.POINTER(ctypes.c_int32)), (p.tiles,))
+        what = (
+            p.images, p.pixels, int(pitch.max()), int((pitch == 0).sum()), p.in_image, p.out_image, p.channels, p.steps, int(used.sum()),
+            bool(p.block_offset), p.in_.dtype, p.out.dtype, p.res.dtype if p.res.slot >= 0 else -1, p.epilogue.activation, len(operation.ways),
+        )  # fmt: skip
+        return f"{library.ISAS[self.isa]} {self.threads} " + " ".join(str(int(w)) for w in what)
+
+
+class Cache:
+    """Ways by key, in a file that several processes may share: written to a new file that replaces the old one."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or _folder() / f"ways-{FORMAT}.json"
+        self.machine = _machine()
+        self.note: str | None = None
+        self._lock = threading.Lock()
+        self._new = False
+        self._all = self._read()
+
+    @property
+    def _ways(self) -> dict[str, Any]:
+        return self._all.setdefault(self.machine, {})
+
+    def get(self, key: str, structures: int) -> Way | None:
+        """The way of this key; None where there is none, or none that is valid."""
+        with self._lock:
+            way = self._ways.get(key)
+        if not isinstance(way, list) or len(way) != 5 or not all(type(w) is int and 0 <= w < 64 for w in way):
+            return None
+        return (way[0], way[1], way[2], way[3], way[4]) if way[0] < structures and max(way[3:]) < 2 else None
+
+    def put(self, key: str, way: Way) -> None:
+        with self._lock:
+            self._ways[key] = list(way)
+            self._new = True
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+                raise ValueError("it is not a table of tables")
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            self.note = f"{self.path} was not readable and is written anew: {error}"
+            return {}
+        return content
+
+    def write(self) -> None:
+        """Save what was measured; a file that cannot be written is noted, and costs the next process the same measurements."""
+        with self._lock:
+            if not self._new:
+                return
+            note, self.note = self.note, None
+            for machine, ways in self._read().items():  # what other processes found meanwhile
+                self._all[machine] = ways | self._all.get(machine, {})
+            self.note = note
+            part = None
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as file:
+                    part = file.name
+                    json.dump(self._all, file)
+                os.replace(part, self.path)
+                self._new = False
+            except OSError as error:
+                self.note = f"measurements are not kept: {error}"
+                if part is not None:
+                    with contextlib.suppress(OSError):
+                        os.unlink(part)
+
+
+def _folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "horizon_plugin_pytorch"
+
+
+def _machine() -> str:
+    """The processor's model; measurements of another are not used."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} × {os.cpu_count()}"
+    except OSError:
+        pass
+    return f"{platform.processor() or platform.machine()} × {os.cpu_count()}"
