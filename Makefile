@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint requirements/constr
 ready = $(VENV)/.ready-$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench docs clean
+.PHONY: help demo test test-native test-slow lint format bench docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -19,6 +19,18 @@ demo: $(call ready,demo) ## fuse a trained face detector and write demo.png
 
 test: lint ## check style and types, then run the tests
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# The kernels' own program, as shipped and under sanitizers: `sanitizers:programs` (none, address and undefined, thread).
+NATIVE := :1000 address,undefined:40 thread:40
+
+test-native: ## build the CPU kernels and test them, also under sanitizers
+	@set -e; for run in $(NATIVE); do sanitize=$${run%:*}; \
+	  dir=build/native$${sanitize:+-$${sanitize%%,*}}; \
+	  echo "== kernels$${sanitize:+, sanitizers: $$sanitize}"; \
+	  cmake -S csrc -B $$dir -DHORIZON_TESTS=ON -DHORIZON_EMULATE_AMX=ON -DHORIZON_SANITIZE=$$sanitize > /dev/null; \
+	  cmake --build $$dir --parallel $(JOBS) > /dev/null; \
+	  OMP_WAIT_POLICY=passive $$dir/test_kernels $${run##*:}; \
+	done
 
 test-slow: $(call ready,test) ## run the long tests (the whole model zoo)
 	$(BIN)/python -m pytest -n $(JOBS) -m slow

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from _cpu_measure import Forward
 from torch import Tensor, nn
 
 import horizon_plugin_pytorch as horizon
-from _cpu_measure import Forward
 from horizon_plugin_pytorch.plan import Plan
 
 if TYPE_CHECKING:
@@ -107,7 +107,9 @@ def without_fences(plan: Plan) -> Plan:
         return type(x)(map(moved, x)) if isinstance(x, (tuple, list)) else x
 
     for i, step in enumerate(plan.steps):
-        pools = step.target.endswith("max_pool2d") and {1, (1, 1)}.intersection([*step.args[1:2], *step.kwargs.values()][:1])
+        pools = step.target.endswith("max_pool2d") and {1, (1, 1)}.intersection(
+            [*step.args[1:2], *step.kwargs.values()][:1]
+        )
         if pools:
             where[len(plan.inputs) + i] = where[step.args[0].value]
             continue
@@ -282,6 +284,10 @@ def _openvino_int8(work: Work) -> Path:
         openvino.save_model(int8, path, compress_to_fp16=False)
 
     return work.made("int8.xml", save)
+
+
+def openvino_files(work: Work) -> list[Path]:
+    return [_openvino_float(work), _openvino_int8(work)]
 
 
 def _openvino(work: Work, path: Path, precision: str) -> Forward:

@@ -85,7 +85,11 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 
 def times(results: list[dict[str, Any]]) -> str:
-    names = [n for n in dict.fromkeys(n for r in results for n in r["rows"]) if any("seconds" in r["rows"].get(n, {}) for r in results)]
+    names = [
+        n
+        for n in dict.fromkeys(n for r in results for n in r["rows"])
+        if any("seconds" in r["rows"].get(n, {}) for r in results)
+    ]
     if not names:
         return ""
     lines = [
@@ -109,7 +113,11 @@ def memory(results: list[dict[str, Any]]) -> str:
     some = [r for r in results if any("memory" in row for row in r["rows"].values())]
     if not some:
         return ""
-    names = [n for n in dict.fromkeys(n for r in some for n in r["rows"]) if any("memory" in r["rows"].get(n, {}) for r in some)]
+    names = [
+        n
+        for n in dict.fromkeys(n for r in some for n in r["rows"])
+        if any("memory" in r["rows"].get(n, {}) for r in some)
+    ]
     lines = [
         "### Peak resident memory in MB, above that of the process with its libraries loaded",
         "",
@@ -121,7 +129,10 @@ def memory(results: list[dict[str, Any]]) -> str:
     for r in some:
         found = [r["rows"].get(n, {}).get("memory") for n in names]
         lines.append(
-            _job(r) + "| " + " | ".join("" if m is None else f"{m['running']:.0f} ({m['building']:.0f})" for m in found) + " |"
+            _job(r)
+            + "| "
+            + " | ".join("" if m is None else f"{m['running']:.0f} ({m['building']:.0f})" for m in found)
+            + " |"
         )
     return "\n".join(lines)
 

@@ -21,7 +21,8 @@ relative to the output's largest magnitude.
 What may legally be fused is found by *running* the unfused network and recording who reads which tensor
 (`tests/models/oracle.py`), without any graph. **Pairs** counts norms that read the output of a convolution or linear
 layer, and in front of it those that are legal to absorb; **torch.ao** is
-`torch.ao.quantization.quantize_fx.fuse_fx`, **torch.fx** is `torch.fx.experimental.optimization.fuse`."""
+`torch.ao.quantization.quantize_fx.fuse_fx`, **torch.fx** is `torch.fx.experimental.optimization.fuse`. What they fuse in a network
+that then gives another output is not in the totals."""
 
 
 def render(rows: list[Row], scale: dict[str, dict[str, float]] | None) -> str:
@@ -40,8 +41,8 @@ PEERS = ("torch.ao", "torch.fx")
 def summary(rows: list[Row]) -> str:
     lines = [
         "| | networks | run unfused | fused, same output | largest difference | legal pairs | absorbed | torch.ao "
-        "| torch.fx | adds fused | activations fused | torch.ao | median latency fused / unfused |",
-        "| --- |" + " ---: |" * 12,
+        "| torch.fx | adds fused | torch.ao | activations fused | torch.ao | median latency fused / unfused |",
+        "| --- |" + " ---: |" * 13,
     ]
     for library in ("torchvision", "pytorchcv", ""):
         some = [row for row in rows if row.name.startswith(library)]
@@ -49,15 +50,15 @@ def summary(rows: list[Row]) -> str:
         good = [row for row in run if not row.verdict["problems"]]
         total = {key: sum(row.verdict[key] for row in run) for key in COUNTS}
         ao, fx = (
-            {key: sum(row.peers.get(peer, {}).get(key, 0) for row in run) for key in ("absorbed", "activations")}
-            for peer in PEERS
+            {key: sum(p.get(key, 0) for p in peer if not _wrong(p)) for key in ("absorbed", "adds", "activations")}
+            for peer in ([row.peers.get(name, {}) for row in run] for name in PEERS)
         )
         ratios = [row.latency["fused"] / row.latency["unfused"] for row in run if row.latency]
         lines.append(
             f"| {library or '**both**'} | {len(some)} | {len(run)} | {len(good)} "
             f"| {_scientific(max((row.verdict['difference'] for row in good), default=None))} "
             f"| {total['legal']:,} | {total['absorbed']:,} | {ao['absorbed']:,} | {fx['absorbed']:,} "
-            f"| {total['adds']:,} of {total['fusable_adds']:,} "
+            f"| {total['adds']:,} of {total['fusable_adds']:,} | {ao['adds']:,} "
             f"| {total['activations']:,} of {total['fusable_activations']:,} | {ao['activations']:,} "
             f"| {f'{statistics.median(ratios):.2f} of {len(ratios)}' if ratios else ''} |"
         )
@@ -98,7 +99,7 @@ def reasons(rows: list[Row]) -> str:
         parts.append("## Problems\n\n" + "\n".join(problems))
     untraced = [r for r in rows if r.verdict.get("untraced")]
     if untraced:
-        lines = [f"- `{r.name}`: {_cell(r.verdict['untraced'][0])}" + _more(r.verdict["untraced"]) for r in untraced]
+        lines = [f"- `{r.name}`: {_brief(r.verdict['untraced'][0])}" + _more(r.verdict["untraced"]) for r in untraced]
         parts.append("## Fused in parts\n\nSymbolic tracing refuses these as a whole.\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
@@ -110,12 +111,12 @@ def peer_errors(rows: list[Row]) -> str:
         for row in rows:
             result = row.peers.get(peer, {})
             if result.get("error"):
-                failed.setdefault(result["error"], []).append(row.name.split("/")[1])
+                failed.setdefault(_brief(result["error"]), []).append(row.name.split("/")[1])
             elif _wrong(result):
                 failed.setdefault("its output differs from the unfused network's", []).append(row.name.split("/")[1])
         if failed:
             count = sum(map(len, failed.values()))
-            lines = [f"- {_cell(error)}: {', '.join(names)}" for error, names in failed.items()]
+            lines = [f"- {error}: {', '.join(names)}" for error, names in failed.items()]
             parts.append(f"### {peer}: {count} networks\n\n" + "\n".join(lines))
     return "## Where the others fail\n\n" + "\n\n".join(parts) if parts else ""
 
@@ -168,6 +169,11 @@ def _general(reason: str) -> str:
 
 def _cell(text: Any) -> str:
     return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _brief(error: str) -> str:
+    """The first sentence of an error."""
+    return _cell(error.partition(". ")[0])
 
 
 def _more(items: list[str]) -> str:

@@ -173,9 +173,8 @@ def measure_here(
     import _cpu_measure as measure
 
     measure.pin(threads)  # before any pool of threads starts
-    import torch
-
     import _cpu_peers as peers
+    import torch
 
     torch.set_num_threads(threads)
     during = Path(path).with_suffix(".during")
@@ -247,7 +246,9 @@ def _line(result: dict[str, Any]) -> str:
     own, best = rows.get("ours", {}), best_peer(rows)
     if "seconds" not in own:
         return f"{name}: {own.get('error', 'memory only')}"
-    beside = "no peer" if best is None else f"{best} {rows[best]['seconds'] * 1e3:.2f} ms, ratio {rows[best]['ratio']:.2f}"
+    beside = (
+        "no peer" if best is None else f"{best} {rows[best]['seconds'] * 1e3:.2f} ms, ratio {rows[best]['ratio']:.2f}"
+    )
     return f"{name}: ours {own['seconds'] * 1e3:.2f} ms; {beside}; {result['differ']} of {result['elements']} differ"
 
 

@@ -177,6 +177,9 @@ int hz_has_openmp(void);
 
 // 0, or a negative number: an instruction set this machine or build does not have (-1), an operation that does not exist (-2).
 int hz_run(const hz_program *program, void *const *slots, int threads, int isa);
+// The same with threads sharing each operation, and the seconds that each took: what it costs where it stands, with the caches as the
+// operations before it leave them.
+int hz_profile(const hz_program *program, void *const *slots, int threads, int isa, double *seconds);
 // Seconds of each of `repeats` runs of one operation, on random or current contents of the slots.
 int hz_time(const hz_op *op, void *const *slots, int threads, int isa, int repeats, double *seconds);
 

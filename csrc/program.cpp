@@ -249,17 +249,30 @@ void run_apart(const hz_program &program, void *const *slots, const Tier &tier, 
   });
 }
 
-void run_shared(const hz_program &program, void *const *slots, const Tier &tier, int threads) {
+double now() {
+  using namespace std::chrono;
+  return duration<double>(steady_clock::now().time_since_epoch()).count();
+}
+
+// seconds: where the time of each operation is written, waiting included; or null.
+void run_shared(const hz_program &program, void *const *slots, const Tier &tier, int threads, double *seconds) {
   Barrier barrier;
   run_team(threads, [&](Part part) {
     Session session(tier);
     Memory memory(program, slots, 0);
+    if (seconds) barrier.wait(part.count);
+    double before = seconds ? now() : 0;
     for (int64_t i = 0; i < program.iterations; ++i) {
-      const Slots now = memory.of(i);
+      const Slots memory_now = memory.of(i);
       for (int64_t op = 0; op < program.count; ++op) {
-        run_op(tier, program.ops[op], now, part);
+        run_op(tier, program.ops[op], memory_now, part);
         const bool last = op + 1 == program.count; // the next iteration works in the same arena
-        if (last ? i + 1 < program.iterations : program.ops[op].barrier != 0) barrier.wait(part.count);
+        if (last ? i + 1 < program.iterations || seconds : program.ops[op].barrier != 0) barrier.wait(part.count);
+        if (seconds && part.index == 0) {
+          const double after = now();
+          seconds[op] = (i ? seconds[op] : 0) + after - before;
+          before = after;
+        }
       }
     }
   });
@@ -323,7 +336,16 @@ HZ_EXPORT int hz_run(const hz_program *program, void *const *slots, int threads,
   if (program->apart)
     run_apart(*program, slots, *tier, int(threads < program->iterations ? threads : program->iterations));
   else
-    run_shared(*program, slots, *tier, threads);
+    run_shared(*program, slots, *tier, threads, nullptr);
+  return 0;
+}
+
+HZ_EXPORT int hz_profile(const hz_program *program, void *const *slots, int threads, int isa, double *seconds) {
+  const Tier *tier = usable(isa);
+  if (!tier) return -1;
+  for (int64_t op = 0; op < program->count; ++op)
+    if (!known(program->ops[op])) return -2;
+  run_shared(*program, slots, *tier, threads, seconds);
   return 0;
 }
 

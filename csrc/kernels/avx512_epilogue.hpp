@@ -53,7 +53,7 @@ void finish_rows(const Target &t, const int32_t *acc, int begin, int end) {
   const __mmask64 mask = first_bytes(left < 16 * N ? left : 16 * N);
   const bool relu = e.activation != HZ_NONE;
   const float *m = e.m + t.channel, *ratio = RES ? e.ratio + t.channel : nullptr;
-  const __m512i hi = O == HZ_F32 ? _mm512_setzero_si512() : _mm512_loadu_si512(e.hi + t.channel);
+  const __m512i hi = O == HZ_F32 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi8(mask, e.hi + t.channel);
   const __m512 top = _mm512_set1_ps(O == HZ_S8 ? 127.f : 255.f);
   __m512 ms[N];
   for (int n = 0; n < N; ++n) ms[n] = _mm512_loadu_ps(m + 16 * n);

@@ -116,29 +116,35 @@ inline void look_up(const Rows &rows, const Numbers &numbers) {
   }
 }
 
-// From up to four planes of float32 to the channels of `length` pixels: the input of a network. `plane` and `pitch` are bytes from a
+// From one to four planes of float32 to the channels of `length` pixels: the input of a network. `plane` and `pitch` are bytes from a
 // channel and a pixel to the next.
-template <int TO>
-void interleave(const uint8_t *in, int64_t plane, int channels, uint8_t *out, int64_t pitch, int64_t length, const Numbers &numbers,
-                int64_t param, int64_t param_step) {
+template <int TO, int CHANNELS>
+void interleave(const uint8_t *in, int64_t plane, uint8_t *out, int64_t pitch, int64_t length, const Numbers &numbers, int64_t param,
+                int64_t param_step) {
   bool nan = false;
-  float m[4], high[4];
-  [[maybe_unused]] float inverse[4];
-  for (int c = 0; c < channels; ++c) {
+  float m[CHANNELS], high[CHANNELS];
+  for (int c = 0; c < CHANNELS; ++c) {
     m[c] = *moved(numbers.m, param + c * param_step);
     high[c] = *moved(numbers.high, param + c * param_step);
-    inverse[c] = lanes::reciprocal(m[c]);
   }
   int64_t i = 0;
 #if defined(__AVX2__)
   using lanes::Wide;
   const Wide lane;
+  const Wide::Float low = lane.set(numbers.low);
+  Wide::Float ms[CHANNELS], inverse[CHANNELS], top[CHANNELS];
+  for (int c = 0; c < CHANNELS; ++c) {
+    ms[c] = lane.set(m[c]);
+    inverse[c] = lane.set(lanes::reciprocal(m[c]));
+    top[c] = lane.set(high[c]);
+  }
   for (; i + Wide::count <= length; i += Wide::count) {
-    Wide::Int pixels = lane.zero(); // channel 0 in the lowest byte
-    for (int c = channels - 1; c >= 0; --c) {
-      const Wide::Float x = lane.floats<HZ_F32>(in + c * plane + 4 * i), low = lane.set(numbers.low), top = lane.set(high[c]);
+    Wide::Int pixels = lane.zero(); // four bytes each, channel 0 in the lowest
+#pragma GCC unroll 4
+    for (int c = CHANNELS - 1; c >= 0; --c) {
+      const Wide::Float x = lane.floats<HZ_F32>(in + c * plane + 4 * i);
       nan |= lane.nan(x);
-      const Wide::Int q = lane.round(lane.clamp(lane.quotient(x, lane.set(m[c]), lane.set(inverse[c]), low, top), low, top));
+      const Wide::Int q = lane.round(lane.clamp(lane.quotient(x, ms[c], inverse[c], low, top[c]), low, top[c]));
 #if defined(__AVX512BW__)
       pixels = _mm512_or_si512(_mm512_slli_epi32(pixels, 8), _mm512_and_si512(q, _mm512_set1_epi32(255)));
 #else
@@ -147,15 +153,11 @@ void interleave(const uint8_t *in, int64_t plane, int channels, uint8_t *out, in
     }
     uint8_t *to = out + i * pitch;
 #if defined(__AVX512BW__)
-    if (pitch == 4) {
-      const __mmask64 written = 0x1111111111111111ull * ((1u << channels) - 1);
-      if (channels == 4)
-        _mm512_storeu_si512(to, pixels);
-      else
-        _mm512_mask_storeu_epi8(to, written, pixels); // the fourth byte may be another tensor's
+    if (pitch == 4) { // bytes past the channels may be another tensor's
+      _mm512_mask_storeu_epi8(to, 0x1111111111111111ull * ((1u << CHANNELS) - 1), pixels);
       continue;
     }
-    if (pitch == 3 && channels == 3) {
+    if (pitch == 3 && CHANNELS == 3) {
       const __m512i three = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
       const __m512i words = _mm512_setr_epi32(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 0, 0, 0, 0);
       _mm512_mask_storeu_epi8(to, (1ull << 48) - 1, _mm512_permutexvar_epi32(words, _mm512_shuffle_epi8(pixels, three)));
@@ -164,19 +166,28 @@ void interleave(const uint8_t *in, int64_t plane, int channels, uint8_t *out, in
 #endif
     alignas(64) uint8_t each[4 * Wide::count];
     std::memcpy(each, &pixels, sizeof each);
-    for (int p = 0; p < Wide::count; ++p)
-      for (int c = 0; c < channels; ++c) to[p * pitch + c] = each[4 * p + c];
+    for (int p = 0; p < Wide::count; ++p) std::memcpy(to + p * pitch, each + 4 * p, CHANNELS);
   }
 #endif
   const lanes::One one;
-  for (int c = 0; c < channels; ++c) {
-    for (int64_t p = i; p < length; ++p) {
-      const float x = one.floats<HZ_F32>(in + c * plane + 4 * p);
+  for (; i < length; ++i) {
+    for (int c = 0; c < CHANNELS; ++c) {
+      const float x = one.floats<HZ_F32>(in + c * plane + 4 * i);
       nan |= one.nan(x);
-      one.store<TO>(out + p * pitch + c, one.clamp(x / m[c], numbers.low, high[c]));
+      one.store<TO>(out + i * pitch + c, one.clamp(x / m[c], numbers.low, high[c]));
     }
   }
   if (nan) *numbers.nan = true;
+}
+
+using Interleave = decltype(&interleave<HZ_S8, 1>);
+
+inline Interleave interleave_for(int to, int64_t channels) {
+  static const Interleave kernels[2][4] = {
+      {interleave<HZ_S8, 1>, interleave<HZ_S8, 2>, interleave<HZ_S8, 3>, interleave<HZ_S8, 4>},
+      {interleave<HZ_U8, 1>, interleave<HZ_U8, 2>, interleave<HZ_U8, 3>, interleave<HZ_U8, 4>},
+  };
+  return kernels[to][channels - 1];
 }
 
 // ---- the kernel of a kind and its dtypes
@@ -357,16 +368,18 @@ inline void by_tiles(const Job &job, Part part) {
     const uint8_t *a = job.a + offset[A] + x * cross[A] + y * step[A];
     uint8_t *out = job.out + offset[OUT] + x * cross[OUT] + y * step[OUT];
     const int64_t param = offset[PARAM] + x * cross[PARAM] + y * step[PARAM];
-    alignas(64) uint8_t tile[side * side];
+    constexpr int64_t line = 4 * side + 16; // of elements of four bytes
+    alignas(64) uint8_t tile[side * line];
     if (few) {
-      auto *run = job.to == HZ_S8 ? interleave<HZ_S8> : interleave<HZ_U8>;
-      run(a, step[A], int(height), out, cross[OUT], width, job.numbers, param, step[PARAM]);
+      interleave_for(job.to, height)(a, step[A], out, cross[OUT], width, job.numbers, param, step[PARAM]);
     } else if (job.kind == HZ_QUANTIZE) {
       Rows rows{a, nullptr, param, tile, {step[A], 0, step[PARAM], side}, height, width};
       job.kernel(rows, job.numbers);
       transpose<uint8_t>(tile, side, out, cross[OUT], height, width);
     } else if (job.size[A] == 4) {
-      transpose<uint32_t>(a, step[A], out, cross[OUT], height, width);
+      // By way of the tile: a plane's rows often lie a power of two apart, where few of them fit into the cache at a time.
+      transpose<uint32_t>(a, step[A], tile, line, height, width);
+      for (int64_t i = 0; i < width; ++i) copy_bytes(out + i * cross[OUT], tile + i * line, 4 * height);
     } else {
       transpose<uint8_t>(a, step[A], tile, side, height, width);
       Rows rows{tile, nullptr, param, out, {side, 0, cross[PARAM], cross[OUT]}, width, height};

@@ -57,12 +57,10 @@ template <int T> void greatest(const Window &w, uint8_t *out, int64_t begin, int
     const int64_t n = std::min<int64_t>(16, end - c);
     Byte most[16];
     std::fill_n(most, 16, Byte(least<T>));
-    w.visit(c, [&](const uint8_t *p) {
-      const Byte *x = reinterpret_cast<const Byte *>(p);
-      if (n == 16)
-        for (int i = 0; i < 16; ++i) most[i] = std::max(most[i], x[i]);
-      else
-        for (int i = 0; i < n; ++i) most[i] = std::max(most[i], x[i]);
+    w.visit(c, [&most, n](const uint8_t *p) {
+      Byte x[16] = {};
+      std::memcpy(x, p, n == 16 ? 16 : size_t(n));
+      for (int i = 0; i < 16; ++i) most[i] = most[i] > x[i] ? most[i] : x[i];
     });
     std::memcpy(out + c, most, size_t(n));
   }

@@ -197,7 +197,7 @@ void conv(const hz_conv &c, Slots slots, Part part) {
       if (copies && c.block_offset) copy(start, stop, c.block_offset[column]); // n is 1: a group of channels has an input of its own
       if (spread)
         for (int row = 0; row < 16; ++row)
-          for (int i = 0; i < n; ++i) // the vector is padded to whole blocks
+          for (int i = 0; i < std::min<int>(n, tiles - int(column) * n); ++i)
             _mm512_store_si512(bias_rows + 64 * row + 16 * i, _mm512_loadu_si512(c.epilogue.bias + 16 * (column * n + i)));
       for (int64_t t = start; t < stop;) {
         int rows = int(std::min<int64_t>({r, stop - t, c.tiles - t % c.tiles})); // a block stays within an image

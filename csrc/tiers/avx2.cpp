@@ -43,16 +43,16 @@ template <int PAIRING> HZ_INLINE inline __m256i paired(__m256i v) {
                                                   a + 0x08080808, a + 0x0c0c0c0c));
 }
 
-// The groups of each kind, one kind after the other.
+// The groups of each kind.
 struct Sorted {
   int count[kinds];
-  const int32_t *at;     // bytes from a pixel; a group's input
-  const int8_t *weights; // [16 channels][4], paired; of a wide group [16 channels][bytes 0 and 2], then [..][1 and 3], in 16 bits
+  const int32_t *at[kinds];     // bytes from a pixel; a group's input
+  const int8_t *weights[kinds]; // [16 channels][4], paired; wide: [16 channels][bytes 0 and 2], then [..][1 and 3], in 16 bits
 };
 
-constexpr int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-// Bytes that the sorted weights of a tile take at most.
-constexpr int64_t sorted_bytes(int64_t groups) { return groups * 128 + whole_lines(groups * 4); }
+// Memory for the sorted weights of a tile. Any kind has room for all groups, of which most stays untouched.
+constexpr int64_t kind_bytes(int64_t groups) { return groups * 64 + (groups * 4 + 63) / 64 * 64; }
+constexpr int64_t sorted_bytes(int64_t groups) { return kinds * kind_bytes(groups) + groups * 64; }
 
 // Whether two products of these weights, 8 channels each, fit in 16 bits.
 HZ_INLINE inline bool fit(__m256i w0, __m256i w1) {
@@ -69,41 +69,38 @@ inline int kind_of(__m256i w0, __m256i w1) {
   return fit(paired<2>(w0), paired<2>(w1)) ? 2 : wide;
 }
 
-// kind: memory for a byte per group.
-Sorted sort_weights(const hz_conv &c, int64_t tile, int64_t groups, uint8_t *memory, uint8_t *kind) {
-  const int8_t *const weights = c.weights + tile * c.steps * 1024;
+Sorted sort_weights(const hz_conv &c, int64_t tile, int64_t groups, uint8_t *memory) {
+  const int8_t *weights = c.weights + tile * c.steps * 1024;
   const int32_t offset = c.block_offset ? c.block_offset[tile] : 0;
-  auto *const at = reinterpret_cast<int32_t *>(memory + groups * 128);
-  Sorted sorted{{}, at, reinterpret_cast<const int8_t *>(memory)};
-  const auto each_group = [&](auto visit) {
-    const int8_t *w = weights;
-    int64_t i = 0;
-    for (int k = 0; k < c.steps; ++k, w += 1024)
-      for (int g = 0; g < c.used[k]; ++g, ++i) visit(i, load(w + 64 * g), load(w + 64 * g + 32), offset + c.step[k] + 4 * g);
-  };
-  each_group([&](int64_t i, __m256i w0, __m256i w1, int32_t) { ++sorted.count[kind[i] = uint8_t(kind_of(w0, w1))]; });
+  Sorted sorted;
   uint8_t *to[kinds];
   int32_t *place[kinds];
-  for (int n = 0, before = 0; n < kinds; before += sorted.count[n++]) {
-    to[n] = memory + before * 64;
-    place[n] = at + before;
+  for (int n = 0; n < kinds; ++n) {
+    to[n] = memory + n * kind_bytes(groups);
+    place[n] = reinterpret_cast<int32_t *>(to[n] + groups * (n == wide ? 128 : 64));
+    sorted.at[n] = place[n];
+    sorted.weights[n] = reinterpret_cast<const int8_t *>(to[n]);
   }
-  each_group([&](int64_t i, __m256i w0, __m256i w1, int32_t input) {
-    const int n = kind[i];
-    uint8_t *const v = to[n];
-    *place[n]++ = input;
-    if (n == wide) {
-      store(v, _mm256_srai_epi16(_mm256_slli_epi16(w0, 8), 8));
-      store(v + 32, _mm256_srai_epi16(_mm256_slli_epi16(w1, 8), 8));
-      store(v + 64, _mm256_srai_epi16(w0, 8));
-      store(v + 96, _mm256_srai_epi16(w1, 8));
-      to[n] += 128;
-    } else {
-      store(v, n == 0 ? w0 : n == 1 ? paired<1>(w0) : paired<2>(w0));
-      store(v + 32, n == 0 ? w1 : n == 1 ? paired<1>(w1) : paired<2>(w1));
-      to[n] += 64;
+  for (int k = 0; k < c.steps; ++k, weights += 1024) {
+    for (int g = 0; g < c.used[k]; ++g) {
+      const __m256i w0 = load(weights + 64 * g), w1 = load(weights + 64 * g + 32);
+      const int n = kind_of(w0, w1);
+      uint8_t *const v = to[n];
+      *place[n]++ = offset + c.step[k] + 4 * g;
+      if (n == wide) {
+        store(v, _mm256_srai_epi16(_mm256_slli_epi16(w0, 8), 8));
+        store(v + 32, _mm256_srai_epi16(_mm256_slli_epi16(w1, 8), 8));
+        store(v + 64, _mm256_srai_epi16(w0, 8));
+        store(v + 96, _mm256_srai_epi16(w1, 8));
+        to[n] += 128;
+      } else {
+        store(v, n == 0 ? w0 : n == 1 ? paired<1>(w0) : paired<2>(w0));
+        store(v + 32, n == 0 ? w1 : n == 1 ? paired<1>(w1) : paired<2>(w1));
+        to[n] += 64;
+      }
     }
-  });
+  }
+  for (int n = 0; n < kinds; ++n) sorted.count[n] = int(place[n] - sorted.at[n]);
   return sorted;
 }
 
@@ -123,9 +120,10 @@ void block(const Sorted &s, const Channels &c, const uint8_t *const *in, uint8_t
     sum = _mm256_add_epi32(sum, products);
     HZ_KEEP(sum);
   };
-  const int8_t *w = s.weights;
-  const int32_t *at = s.at;
-  each<pairings>([&](auto pairing) HZ_INLINE {
+  each<pairings>([&](auto constant) HZ_INLINE {
+    constexpr int pairing = decltype(constant)::value;
+    const int8_t *w = s.weights[pairing];
+    const int32_t *at = s.at[pairing];
     for (const int32_t *const end = at + s.count[pairing]; at != end; ++at, w += 64) {
       const int64_t place = *at;
       const __m256i w0 = load(w), w1 = load(w + 32);
@@ -137,6 +135,8 @@ void block(const Sorted &s, const Channels &c, const uint8_t *const *in, uint8_t
       });
     }
   });
+  const int8_t *w = s.weights[wide];
+  const int32_t *at = s.at[wide];
   for (const int32_t *const end = at + s.count[wide]; at != end; ++at, w += 128) {
     const int64_t place = *at;
     each<P>([&](auto p) HZ_INLINE {
@@ -202,12 +202,12 @@ void conv(const hz_conv &c, Slots slots, Part part) {
 
   int64_t groups = 0;
   for (int k = 0; k < c.steps; ++k) groups += c.used[k];
-  // As many tiles at a time as have room for their sorted weights in the second-level cache.
+  // As many tiles at a time as find room for their sorted weights in the second-level cache.
   constexpr int64_t room = 512 << 10;
   constexpr int most_tiles = 64;
   const int64_t bytes = sorted_bytes(groups);
-  const int64_t at_a_time = std::min<int64_t>({std::max<int64_t>(room / bytes, 1), most_tiles, tile1 - tile0});
-  uint8_t *const memory = scratch(at_a_time * bytes + groups), *const kind = memory + at_a_time * bytes;
+  const int64_t at_a_time = std::min<int64_t>({std::max<int64_t>(room / (128 * groups), 1), most_tiles, tile1 - tile0});
+  uint8_t *const memory = scratch(at_a_time * bytes);
 
   const bool is_signed = c.in.dtype == HZ_S8;
   const Block *const whole = is_signed ? blocks<true, false> : blocks<false, false>;
@@ -219,7 +219,7 @@ void conv(const hz_conv &c, Slots slots, Part part) {
   for (int64_t begin = tile0; begin < tile1; begin += at_a_time) {
     const int tiles = int(std::min(at_a_time, tile1 - begin));
     for (int t = 0; t < tiles; ++t) {
-      sorted[t] = sort_weights(c, begin + t, groups, memory + t * bytes, kind);
+      sorted[t] = sort_weights(c, begin + t, groups, memory + t * bytes);
       channels[t] = channels_of(c.epilogue, is_signed ? c.weight_sum : nullptr, c.out.dtype, c.res, 16 * (begin + t), c.channels);
     }
     for (int64_t f = first; f < last; f += stretch.count) {
@@ -243,25 +243,23 @@ template <bool SIGNED> HZ_INLINE inline __m256i words(const uint8_t *p) {
   return SIGNED ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
 }
 
-// Two taps of a row of pixels: their first pixel's inputs, and the next pixel's.
 struct Taps {
   int pairs;               // of taps
   const int64_t (*at)[2];  // [pairs] bytes from a pixel
   const int16_t *weights;  // [pairs][channels 0..3 and 8..11, then 4..7 and 12..15][2]
-  int64_t pitch;           // bytes from an output pixel's input to the next one's
 };
 
 // Adds P pixels' products. COLUMNS 0: every pair of taps by itself. Else the pairs are of two rows, COLUMNS of them side by side with
 // neighbouring pixels `pitch` apart, so that an interleaved pair of inputs serves all the pixels whose windows hold it.
 template <int P, bool SIGNED, int COLUMNS>
-HZ_INLINE inline void add_taps(const Taps &t, const uint8_t *in, __m256i (&lo)[P], __m256i (&hi)[P]) {
+HZ_INLINE inline void add_taps(const Taps &t, const uint8_t *in, int64_t pitch, __m256i (&lo)[P], __m256i (&hi)[P]) {
   const int16_t *w = t.weights;
   if constexpr (COLUMNS == 0) {
     for (int i = 0; i < t.pairs; ++i, w += 32) {
       const uint8_t *const a = in + t.at[i][0], *const b = in + t.at[i][1];
       const __m256i w0 = load(w), w1 = load(w + 16);
       each<P>([&](auto p) HZ_INLINE {
-        const __m256i x = words<SIGNED>(a + p * t.pitch), y = words<SIGNED>(b + p * t.pitch);
+        const __m256i x = words<SIGNED>(a + p * pitch), y = words<SIGNED>(b + p * pitch);
         lo[p] = _mm256_add_epi32(lo[p], _mm256_madd_epi16(_mm256_unpacklo_epi16(x, y), w0));
         hi[p] = _mm256_add_epi32(hi[p], _mm256_madd_epi16(_mm256_unpackhi_epi16(x, y), w1));
         HZ_KEEP(lo[p]);
@@ -272,12 +270,13 @@ HZ_INLINE inline void add_taps(const Taps &t, const uint8_t *in, __m256i (&lo)[P
     for (int i = 0; i < t.pairs; i += COLUMNS, w += 32 * COLUMNS) {
       const uint8_t *const a = in + t.at[i][0], *const b = in + t.at[i][1];
       each<P + COLUMNS - 1>([&](auto column) HZ_INLINE {
-        const __m256i x = words<SIGNED>(a + column * t.pitch), y = words<SIGNED>(b + column * t.pitch);
+        const __m256i x = words<SIGNED>(a + column * pitch), y = words<SIGNED>(b + column * pitch);
         const __m256i low = _mm256_unpacklo_epi16(x, y), high = _mm256_unpackhi_epi16(x, y);
         each<P>([&](auto p) HZ_INLINE {
-          if constexpr (column - p >= 0 && column - p < COLUMNS) {
-            lo[p] = _mm256_add_epi32(lo[p], _mm256_madd_epi16(low, load(w + 32 * (column - p))));
-            hi[p] = _mm256_add_epi32(hi[p], _mm256_madd_epi16(high, load(w + 32 * (column - p) + 16)));
+          constexpr int tap = decltype(column)::value - decltype(p)::value;
+          if constexpr (tap >= 0 && tap < COLUMNS) {
+            lo[p] = _mm256_add_epi32(lo[p], _mm256_madd_epi16(low, load(w + 32 * tap)));
+            hi[p] = _mm256_add_epi32(hi[p], _mm256_madd_epi16(high, load(w + 32 * tap + 16)));
             HZ_KEEP(lo[p]);
             HZ_KEEP(hi[p]);
           }
@@ -287,32 +286,44 @@ HZ_INLINE inline void add_taps(const Taps &t, const uint8_t *in, __m256i (&lo)[P
   }
 }
 
+// A row of output pixels and their residuals: the first one, and bytes to the next. res is null without residuals.
+struct Row {
+  const uint8_t *in, *res;
+  uint8_t *out;
+  int64_t in_pitch, res_pitch, out_pitch;
+  int width;
+};
+
+// Pixels x ... x + P - 1.
 template <int P, bool SIGNED, int COLUMNS>
-void depthwise_block(const Taps &t, const Channels &c, const uint8_t *in, uint8_t *const *out, const uint8_t *const *res) {
+HZ_INLINE inline void depthwise_block(const Taps &t, const Channels &c, const Row &row, int x) {
   __m256i lo[P], hi[P];
   each<P>([&](auto p) HZ_INLINE { lo[p] = hi[p] = _mm256_setzero_si256(); });
-  add_taps<P, SIGNED, COLUMNS>(t, in + c.first, lo, hi);
+  add_taps<P, SIGNED, COLUMNS>(t, row.in + x * row.in_pitch + c.first, row.in_pitch, lo, hi);
+  uint8_t *out[P];
+  const uint8_t *res[P];
   each<P>([&](auto p) HZ_INLINE { // in order of channels
     const __m256i sums = _mm256_permute2x128_si256(lo[p], hi[p], 0x20);
     hi[p] = _mm256_add_epi32(c.start[1], _mm256_permute2x128_si256(lo[p], hi[p], 0x31));
     lo[p] = _mm256_add_epi32(c.start[0], sums);
+    out[p] = row.out + (x + p) * row.out_pitch;
+    res[p] = row.res + (x + p) * row.res_pitch;
   });
   finish<P>(c, lo, hi, out, res);
 }
 
-using DepthwiseBlock = void (*)(const Taps &, const Channels &, const uint8_t *, uint8_t *const *, const uint8_t *const *);
-constexpr int depthwise_pixels = 4;
-
-template <bool SIGNED, int COLUMNS> DepthwiseBlock depthwise_of(int pixels) {
-  static const DepthwiseBlock of[] = {nullptr, depthwise_block<1, SIGNED, COLUMNS>, depthwise_block<2, SIGNED, COLUMNS>,
-                                      depthwise_block<3, SIGNED, COLUMNS>, depthwise_block<4, SIGNED, COLUMNS>};
-  return of[pixels];
+template <bool SIGNED, int COLUMNS> void depthwise_row(const Taps &t, const Channels &c, const Row &row) {
+  int x = 0;
+  for (; x + 4 <= row.width; x += 4) depthwise_block<4, SIGNED, COLUMNS>(t, c, row, x);
+  switch (row.width - x) {
+  case 3: return depthwise_block<3, SIGNED, COLUMNS>(t, c, row, x);
+  case 2: return depthwise_block<2, SIGNED, COLUMNS>(t, c, row, x);
+  case 1: return depthwise_block<1, SIGNED, COLUMNS>(t, c, row, x);
+  }
 }
 
-template <bool SIGNED> DepthwiseBlock depthwise_of(int columns, int pixels) {
-  return columns == 3   ? depthwise_of<SIGNED, 3>(pixels)
-         : columns == 5 ? depthwise_of<SIGNED, 5>(pixels)
-                        : depthwise_of<SIGNED, 0>(pixels);
+template <bool SIGNED> auto depthwise_row_for(int columns) {
+  return columns == 3 ? depthwise_row<SIGNED, 3> : columns == 5 ? depthwise_row<SIGNED, 5> : depthwise_row<SIGNED, 0>;
 }
 
 void depthwise(const hz_depthwise &d, Slots slots, Part part) {
@@ -346,29 +357,16 @@ void depthwise(const hz_depthwise &d, Slots slots, Part part) {
     }
   }
 
-  DepthwiseBlock blocks[depthwise_pixels + 1];
-  for (int p = 1; p <= depthwise_pixels; ++p)
-    blocks[p] = d.in.dtype == HZ_S8 ? depthwise_of<true>(columns, p) : depthwise_of<false>(columns, p);
+  const auto run = d.in.dtype == HZ_S8 ? depthwise_row_for<true>(columns) : depthwise_row_for<false>(columns);
   const uint8_t *const in = at(d.in, slots), *const other = at(d.res, slots);
   uint8_t *const out = at(d.out, slots);
   for (int64_t unit = first; unit < last; ++unit) {
     const int64_t tile = unit % tiles, image = unit / tiles / d.height, y = unit / tiles % d.height;
     const Channels channels = channels_of(d.epilogue, nullptr, d.out.dtype, d.res, 16 * tile, d.channels);
-    const Taps taps{pairs, taps_at, reinterpret_cast<const int16_t *>(memory + tile * weight_bytes), d.stride_x * d.in_pixel};
-    const uint8_t *from = in + image * d.in_image + y * d.stride_y * d.in_row;
-    const uint8_t *res = other ? other + image * d.res_image + y * d.res_row : nullptr;
-    uint8_t *to = out + image * d.out_image + y * d.out_row;
-    for (int x = 0; x < d.width;) {
-      const int n = std::min(depthwise_pixels, d.width - x);
-      uint8_t *pixel[depthwise_pixels];
-      const uint8_t *residual[depthwise_pixels];
-      for (int p = 0; p < n; ++p) {
-        pixel[p] = to + (x + p) * d.out_pixel;
-        residual[p] = res ? res + (x + p) * d.res_pixel : nullptr;
-      }
-      blocks[n](taps, channels, from + x * taps.pitch, pixel, residual);
-      x += n;
-    }
+    const Taps taps{pairs, taps_at, reinterpret_cast<const int16_t *>(memory + tile * weight_bytes)};
+    run(taps, channels,
+        {in + image * d.in_image + y * d.stride_y * d.in_row, other ? other + image * d.res_image + y * d.res_row : nullptr,
+         out + image * d.out_image + y * d.out_row, d.stride_x * d.in_pixel, other ? d.res_pixel : 0, d.out_pixel, d.width});
   }
 }
 

@@ -146,63 +146,118 @@ void conv(const hz_conv &c, Slots slots, Part part) {
       for (int64_t block = block0; block < block1; ++block) run(unit, block);
 }
 
-} // namespace
-
 // ---- depthwise -----------------------------------------------------------------------------------------------------------
 
-namespace {
-
-// 64 channels at a time. Four rows of a column are interleaved, so that each channel's four bytes lie together: one column then
-// serves every output pixel whose window covers it. Lane L of vector j holds channels 16 L + 4 j .. + 3, an order that packing
-// the result undoes.
-constexpr int W = 4; // output pixels at a time
-
-struct Chunk {
-  const hz_depthwise *d;
-  int groups;              // of four kernel rows
-  const int8_t *weights;   // [groups][kernel_x][4 vectors][64]
-  const int32_t *bias;     // [4][16]
-  const float *m, *ratio, *bound;
-  __mmask64 mask;
-  int channels;            // of this chunk, 1..64
-  const uint8_t *hi;
+// A vector of 64 channels, or of 32 where a tensor has no more than that left. Four rows of a column are interleaved, so that each
+// channel's four bytes lie together: one column then serves every output pixel whose window covers it. Of the four vectors that
+// come out, lane L of vector j holds channels 16 L + 4 j .. + 3, an order that packing the result undoes.
+struct Vector64 {
+  static constexpr int channels = 64, lanes = 4;
+  using I = __m512i;
+  using F = __m512;
+  static I load(const void *p) { return _mm512_loadu_si512(p); }
+  static F load_floats(const float *p) { return _mm512_loadu_ps(p); }
+  static I bytes(int b) { return _mm512_set1_epi8(char(b)); }
+  static I exclusive_or(I a, I b) { return _mm512_xor_si512(a, b); }
+  static I lo8(I a, I b) { return _mm512_unpacklo_epi8(a, b); }
+  static I hi8(I a, I b) { return _mm512_unpackhi_epi8(a, b); }
+  static I lo16(I a, I b) { return _mm512_unpacklo_epi16(a, b); }
+  static I hi16(I a, I b) { return _mm512_unpackhi_epi16(a, b); }
+  static I sign16(I a) { return _mm512_srai_epi16(a, 15); }
+  static I sign8(I a) { return _mm512_movm_epi8(_mm512_movepi8_mask(a)); }
+  static I dot(I sum, I a, I b) { return _mm512_dpbusd_epi32(sum, a, b); }
+  static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static I to_int(F a) { return _mm512_cvtps_epi32(a); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F all(float x) { return _mm512_set1_ps(x); }
+  static void store(float *p, F a) { _mm512_storeu_ps(p, a); }
+  template <hz_dtype O> static void store(uint8_t *p, int count, const I q[4], const uint8_t *hi, bool relu) {
+    _mm512_mask_storeu_epi8(p, first_bytes(count), bounded<O>(pack64<O>(q[0], q[1], q[2], q[3]), load(hi), relu));
+  }
 };
 
-inline void interleave(const uint8_t *const rows[4], int64_t at, __mmask64 mask, __m512i shift, __m512i v[4]) {
-  __m512i r[4];
-  for (int i = 0; i < 4; ++i) r[i] = _mm512_maskz_loadu_epi8(mask, rows[i] + at);
-  __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpackhi_epi8(r[0], r[1]);
-  __m512i c = _mm512_unpacklo_epi8(r[2], r[3]), d = _mm512_unpackhi_epi8(r[2], r[3]);
-  v[0] = _mm512_xor_si512(_mm512_unpacklo_epi16(a, c), shift);
-  v[1] = _mm512_xor_si512(_mm512_unpackhi_epi16(a, c), shift);
-  v[2] = _mm512_xor_si512(_mm512_unpacklo_epi16(b, d), shift);
-  v[3] = _mm512_xor_si512(_mm512_unpackhi_epi16(b, d), shift);
+struct Vector32 {
+  static constexpr int channels = 32, lanes = 2;
+  using I = __m256i;
+  using F = __m256;
+  static I load(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
+  static F load_floats(const float *p) { return _mm256_loadu_ps(p); }
+  static I bytes(int b) { return _mm256_set1_epi8(char(b)); }
+  static I exclusive_or(I a, I b) { return _mm256_xor_si256(a, b); }
+  static I lo8(I a, I b) { return _mm256_unpacklo_epi8(a, b); }
+  static I hi8(I a, I b) { return _mm256_unpackhi_epi8(a, b); }
+  static I lo16(I a, I b) { return _mm256_unpacklo_epi16(a, b); }
+  static I hi16(I a, I b) { return _mm256_unpackhi_epi16(a, b); }
+  static I sign16(I a) { return _mm256_srai_epi16(a, 15); }
+  static I sign8(I a) { return _mm256_movm_epi8(_mm256_movepi8_mask(a)); }
+  static I dot(I sum, I a, I b) { return _mm256_dpbusd_epi32(sum, a, b); }
+  static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+  static I to_int(F a) { return _mm256_cvtps_epi32(a); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F all(float x) { return _mm256_set1_ps(x); }
+  static void store(float *p, F a) { _mm256_storeu_ps(p, a); }
+  template <hz_dtype O> static void store(uint8_t *p, int count, const I q[4], const uint8_t *hi, bool relu) {
+    const I ab = _mm256_packs_epi32(q[0], q[1]), cd = _mm256_packs_epi32(q[2], q[3]);
+    I y = O == HZ_S8 ? _mm256_min_epi8(_mm256_packs_epi16(ab, cd), load(hi)) : _mm256_min_epu8(_mm256_packus_epi16(ab, cd), load(hi));
+    if (O == HZ_S8 && relu) y = _mm256_max_epi8(y, _mm256_setzero_si256());
+    _mm256_mask_storeu_epi8(p, __mmask32(first_bytes(count)), y);
+  }
+};
+
+constexpr int W = 4; // output pixels at a time
+
+// A vector of channels: its weights and constants in the order of the interleaved vectors.
+struct Chunk {
+  const hz_depthwise *d;
+  int groups;            // of four kernel rows
+  const int8_t *weights; // [groups][kernel_x][4 vectors]
+  const int32_t *bias;   // [4 vectors], like the three below
+  const float *m, *ratio, *bound;
+  const uint8_t *hi;
+  int channels;          // 1..64
+};
+
+template <class V, bool SIGNED> inline void interleave(const uint8_t *const rows[4], int64_t at, typename V::I v[4]) {
+  using I = typename V::I;
+  I r[4];
+  for (int i = 0; i < 4; ++i) {
+    r[i] = V::load(rows[i] + at);
+    if (SIGNED) r[i] = V::exclusive_or(r[i], V::bytes(0x80));
+  }
+  const I a = V::lo8(r[0], r[1]), b = V::hi8(r[0], r[1]), c = V::lo8(r[2], r[3]), d = V::hi8(r[2], r[3]);
+  v[0] = V::lo16(a, c), v[1] = V::hi16(a, c), v[2] = V::lo16(b, d), v[3] = V::hi16(b, d);
 }
 
 // Output pixels [0, count) of a row from `in`; count <= W. KX, SX: kernel width and stride where known, else 0.
-template <int KX, int SX>
-inline void depthwise_sums(const Chunk &k, const uint8_t *in, int count, __m512i acc[W][4]) {
+template <class V, bool SIGNED, int KX, int SX>
+inline void depthwise_sums(const Chunk &k, const uint8_t *in, int count, typename V::I acc[W][4]) {
+  constexpr int vector = V::channels; // bytes
   const hz_depthwise &d = *k.d;
   const int kernel = KX ? KX : d.kernel_x, stride = SX ? SX : d.stride_x;
-  const __m512i shift = _mm512_set1_epi8(d.in.dtype == HZ_S8 ? char(0x80) : 0);
   for (int o = 0; o < W; ++o)
-    for (int j = 0; j < 4; ++j) acc[o][j] = load(k.bias + 16 * j);
+    for (int j = 0; j < 4; ++j) acc[o][j] = V::load(k.bias + vector / 4 * j);
   for (int g = 0; g < k.groups; ++g) {
     const uint8_t *rows[4];
     for (int i = 0; i < 4; ++i) // rows past the kernel have zero weights: read the last one
       rows[i] = in + int64_t(std::min(4 * g + i, d.kernel_y - 1)) * d.dilation_y * d.in_row;
-    const int8_t *w = k.weights + int64_t(g) * kernel * 256;
-    __m512i v[4];
+    const int8_t *w = k.weights + int64_t(g) * kernel * 4 * vector;
+    typename V::I v[4];
     if (KX) { // every column once
 #pragma GCC unroll 12
       for (int x = 0; x < (W - 1) * SX + KX; ++x) {
         if (x >= (count - 1) * SX + KX) break;
-        interleave(rows, x * d.in_pixel, k.mask, shift, v);
+        interleave<V, SIGNED>(rows, x * d.in_pixel, v);
 #pragma GCC unroll 4
         for (int o = 0; o < W; ++o) {
           const int i = x - o * SX;
           if (i < 0 || i >= KX) continue;
-          for (int j = 0; j < 4; ++j) acc[o][j] = _mm512_dpbusd_epi32(acc[o][j], v[j], load(w + i * 256 + j * 64));
+          for (int j = 0; j < 4; ++j) acc[o][j] = V::dot(acc[o][j], v[j], V::load(w + (4 * i + j) * vector));
         }
       }
     } else {
@@ -210,91 +265,122 @@ inline void depthwise_sums(const Chunk &k, const uint8_t *in, int count, __m512i
 #pragma GCC unroll 4
         for (int o = 0; o < W; ++o) {
           if (o >= count) break;
-          interleave(rows, int64_t(o * stride + i * d.dilation_x) * d.in_pixel, k.mask, shift, v);
-          for (int j = 0; j < 4; ++j) acc[o][j] = _mm512_dpbusd_epi32(acc[o][j], v[j], load(w + i * 256 + j * 64));
+          interleave<V, SIGNED>(rows, int64_t(o * stride + i * d.dilation_x) * d.in_pixel, v);
+          for (int j = 0; j < 4; ++j) acc[o][j] = V::dot(acc[o][j], v[j], V::load(w + (4 * i + j) * vector));
         }
     }
   }
 }
 
-// A vector over 64 channels in the order of the interleaved vectors.
-template <class T> void in_lane_order(const T *from, T *to) {
-  for (int j = 0; j < 4; ++j)
-    for (int lane = 0; lane < 4; ++lane)
-      for (int i = 0; i < 4; ++i) to[16 * j + 4 * lane + i] = from[16 * lane + 4 * j + i];
+// Channel `index` of the interleaved order.
+template <class V> inline int interleaved(int index) {
+  const int j = index / (4 * V::lanes), lane = index / 4 % V::lanes;
+  return 16 * lane + 4 * j + index % 4;
 }
 
-// 64 residuals as four vectors in that order.
-inline void residual64(const uint8_t *r, __mmask64 mask, bool is_signed, __m512 f[4]) {
-  const __m512i bytes = _mm512_maskz_loadu_epi8(mask, r), zero = _mm512_setzero_si512();
-  const __m512i sign = is_signed ? _mm512_movm_epi8(_mm512_movepi8_mask(bytes)) : zero;
-  const __m512i lo = _mm512_unpacklo_epi8(bytes, sign), hi = _mm512_unpackhi_epi8(bytes, sign);
-  const auto wide = [&](__m512i words, bool high) {
-    const __m512i s = is_signed ? _mm512_srai_epi16(words, 15) : zero;
-    return _mm512_cvtepi32_ps(high ? _mm512_unpackhi_epi16(words, s) : _mm512_unpacklo_epi16(words, s));
+// A chunk's residuals as four vectors in that order.
+template <class V> inline void residuals(const uint8_t *r, bool is_signed, typename V::F f[4]) {
+  using I = typename V::I;
+  const I bytes = V::load(r), zero = V::bytes(0), sign = is_signed ? V::sign8(bytes) : zero;
+  const I lo = V::lo8(bytes, sign), hi = V::hi8(bytes, sign);
+  const auto wide = [&](I words, bool high) {
+    const I s = is_signed ? V::sign16(words) : zero;
+    return V::to_float(high ? V::hi16(words, s) : V::lo16(words, s));
   };
   f[0] = wide(lo, false), f[1] = wide(lo, true), f[2] = wide(hi, false), f[3] = wide(hi, true);
 }
 
-template <hz_dtype O> inline void depthwise_store(const Chunk &k, const __m512i acc[4], uint8_t *out, const uint8_t *res) {
+template <class V, hz_dtype O>
+inline void depthwise_store(const Chunk &k, const typename V::I acc[4], uint8_t *out, const uint8_t *res) {
+  constexpr int vector = V::channels / 4; // entries
   const hz_epilogue &e = k.d->epilogue;
   const bool relu = e.activation != HZ_NONE;
-  __m512 y[4], r[4];
-  if (res) residual64(res, k.mask, k.d->res.dtype == HZ_S8, r);
+  typename V::F y[4], r[4];
+  if (res) residuals<V>(res, k.d->res.dtype == HZ_S8, r);
   for (int j = 0; j < 4; ++j) {
-    y[j] = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[j]), _mm512_load_ps(k.m + 16 * j));
-    if (res) y[j] = _mm512_fmadd_ps(r[j], _mm512_load_ps(k.ratio + 16 * j), y[j]);
+    y[j] = V::mul(V::to_float(acc[j]), V::load_floats(k.m + vector * j));
+    if (res) y[j] = V::fma(r[j], V::load_floats(k.ratio + vector * j), y[j]);
   }
   if (O == HZ_F32) {
-    alignas(64) float row[64];
+    float values[V::channels], row[V::channels];
     for (int j = 0; j < 4; ++j) {
-      if (relu) y[j] = _mm512_max_ps(y[j], _mm512_setzero_ps());
-      if (e.activation == HZ_RELU6) y[j] = _mm512_min_ps(y[j], _mm512_load_ps(k.bound + 16 * j));
-      for (int lane = 0; lane < 4; ++lane) {
-        alignas(64) float part[16];
-        _mm512_store_ps(part, y[j]);
-        __builtin_memcpy(row + 16 * lane + 4 * j, part + 4 * lane, 16);
-      }
+      if (relu) y[j] = V::max(y[j], V::all(0));
+      if (e.activation == HZ_RELU6) y[j] = V::min(y[j], V::load_floats(k.bound + vector * j));
+      V::store(values + vector * j, y[j]);
     }
+    for (int i = 0; i < V::channels; ++i) row[interleaved<V>(i)] = values[i];
     __builtin_memcpy(out, row, 4 * k.channels);
     return;
   }
-  __m512i q[4];
+  typename V::I q[4];
   for (int j = 0; j < 4; ++j) {
-    if (e.clamp) y[j] = _mm512_min_ps(y[j], _mm512_set1_ps(O == HZ_S8 ? 127.f : 255.f));
-    q[j] = _mm512_cvtps_epi32(y[j]);
+    if (e.clamp) y[j] = V::min(y[j], V::all(O == HZ_S8 ? 127.f : 255.f));
+    q[j] = V::to_int(y[j]);
   }
-  _mm512_mask_storeu_epi8(out, k.mask, bounded<O>(pack64<O>(q[0], q[1], q[2], q[3]), load(k.hi), relu));
+  V::template store<O>(out, k.channels, q, k.hi, relu);
 }
 
-template <int KX, int SX, hz_dtype O>
-void depthwise_rows(const Chunk &k, const uint8_t *in, const uint8_t *res, uint8_t *out, int x0, int x1) {
+template <class V, bool SIGNED, int KX, int SX, hz_dtype O>
+void depthwise_row(const Chunk &k, const uint8_t *in, const uint8_t *res, uint8_t *out) {
   const hz_depthwise &d = *k.d;
-  for (int x = x0; x < x1; x += W) {
-    const int count = std::min(W, x1 - x);
-    __m512i acc[W][4];
-    depthwise_sums<KX, SX>(k, in + int64_t(x) * d.stride_x * d.in_pixel, count, acc);
+  for (int x = 0; x < d.width; x += W) {
+    const int count = std::min(W, d.width - x);
+    typename V::I acc[W][4];
+    depthwise_sums<V, SIGNED, KX, SX>(k, in + int64_t(x) * d.stride_x * d.in_pixel, count, acc);
 #pragma GCC unroll 4
     for (int o = 0; o < W; ++o) {
       if (o >= count) break;
-      depthwise_store<O>(k, acc[o], out + (x + o) * d.out_pixel, res ? res + (x + o) * d.res_pixel : nullptr);
+      depthwise_store<V, O>(k, acc[o], out + (x + o) * d.out_pixel, res ? res + (x + o) * d.res_pixel : nullptr);
     }
   }
 }
 
-using Rows = void (*)(const Chunk &, const uint8_t *, const uint8_t *, uint8_t *, int, int);
+using Row = void (*)(const Chunk &, const uint8_t *, const uint8_t *, uint8_t *);
 
-template <int KX, int SX> Rows rows_for(int dtype) {
-  return dtype == HZ_S8 ? depthwise_rows<KX, SX, HZ_S8>
-         : dtype == HZ_U8 ? depthwise_rows<KX, SX, HZ_U8> : depthwise_rows<KX, SX, HZ_F32>;
+template <class V, bool SIGNED, int KX, int SX> Row row_for(int dtype) {
+  return dtype == HZ_S8 ? depthwise_row<V, SIGNED, KX, SX, HZ_S8>
+         : dtype == HZ_U8 ? depthwise_row<V, SIGNED, KX, SX, HZ_U8> : depthwise_row<V, SIGNED, KX, SX, HZ_F32>;
 }
 
-Rows rows_for(const hz_depthwise &d) {
-  if (d.dilation_x == 1 && d.kernel_x == 3 && d.stride_x == 1) return rows_for<3, 1>(d.out.dtype);
-  if (d.dilation_x == 1 && d.kernel_x == 3 && d.stride_x == 2) return rows_for<3, 2>(d.out.dtype);
-  if (d.dilation_x == 1 && d.kernel_x == 5 && d.stride_x == 1) return rows_for<5, 1>(d.out.dtype);
-  if (d.dilation_x == 1 && d.kernel_x == 5 && d.stride_x == 2) return rows_for<5, 2>(d.out.dtype);
-  return rows_for<0, 0>(d.out.dtype);
+template <class V, bool SIGNED> Row row_for(const hz_depthwise &d) {
+  if (d.dilation_x == 1 && d.kernel_x == 3 && d.stride_x == 1) return row_for<V, SIGNED, 3, 1>(d.out.dtype);
+  if (d.dilation_x == 1 && d.kernel_x == 3 && d.stride_x == 2) return row_for<V, SIGNED, 3, 2>(d.out.dtype);
+  if (d.dilation_x == 1 && d.kernel_x == 5 && d.stride_x == 1) return row_for<V, SIGNED, 5, 1>(d.out.dtype);
+  if (d.dilation_x == 1 && d.kernel_x == 5 && d.stride_x == 2) return row_for<V, SIGNED, 5, 2>(d.out.dtype);
+  return row_for<V, SIGNED, 0, 0>(d.out.dtype);
+}
+
+template <class V> Row row_for(const hz_depthwise &d) {
+  return d.in.dtype == HZ_S8 ? row_for<V, true>(d) : row_for<V, false>(d);
+}
+
+// Fills `memory` with a chunk's weights and constants, interleaved, and returns what lies behind them.
+template <class V> uint8_t *prepare(const hz_depthwise &d, int channel, Chunk &k, uint8_t *memory) {
+  const int padded = (d.channels + HZ_CHANNELS - 1) / HZ_CHANNELS * HZ_CHANNELS;
+  auto *w = reinterpret_cast<int8_t *>(memory);
+  k.weights = w;
+  for (int g = 0; g < k.groups; ++g)
+    for (int x = 0; x < d.kernel_x; ++x)
+      for (int c = 0; c < V::channels; ++c)
+        for (int i = 0; i < 4; ++i, ++w) {
+          const int y = 4 * g + i;
+          *w = y < d.kernel_y ? d.weights[(int64_t(y) * d.kernel_x + x) * padded + channel + interleaved<V>(c)] : 0;
+        }
+  auto *vectors = reinterpret_cast<float *>(w);
+  auto *bias = reinterpret_cast<int32_t *>(w);
+  const hz_epilogue &e = d.epilogue;
+  for (int i = 0; i < V::channels; ++i) {
+    const int c = channel + interleaved<V>(i);
+    bias[i] = d.in.dtype == HZ_S8 ? int32_t(uint32_t(e.bias[c]) - 128u * uint32_t(d.weight_sum[c])) : e.bias[c];
+    vectors[V::channels + i] = e.m[c];
+    vectors[2 * V::channels + i] = e.ratio ? e.ratio[c] : 0;
+    vectors[3 * V::channels + i] = e.bound ? e.bound[c] : 0;
+  }
+  k.bias = bias;
+  k.m = vectors + V::channels, k.ratio = vectors + 2 * V::channels, k.bound = vectors + 3 * V::channels;
+  k.hi = e.hi + channel;
+  k.channels = std::min(V::channels, d.channels - channel);
+  return reinterpret_cast<uint8_t *>(vectors + 4 * V::channels);
 }
 
 } // namespace
@@ -305,48 +391,28 @@ void avx512_depthwise(const hz_depthwise &d, Slots slots, Part part) {
   if (first >= last) return;
   const uint8_t *in = at(d.in, slots), *res = at(d.res, slots);
   uint8_t *out = at(d.out, slots);
-  const int padded = (d.channels + HZ_CHANNELS - 1) / HZ_CHANNELS * HZ_CHANNELS;
-  const int groups = (d.kernel_y + 3) / 4, chunks = padded / 64;
+  const int chunks = (d.channels + 63) / 64, groups = (d.kernel_y + 3) / 4;
   const int channel_bytes = d.out.dtype == HZ_F32 ? 4 : 1;
-  const Rows rows = rows_for(d);
+  const Row row64 = row_for<Vector64>(d), row32 = row_for<Vector32>(d);
 
-  // Weights and vectors of all channels in the order of the interleaved vectors.
-  const int64_t weight_bytes = int64_t(groups) * d.kernel_x * 256, vector_bytes = 4 * 256;
-  uint8_t *memory = scratch(chunks * (weight_bytes + vector_bytes));
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    auto *w = reinterpret_cast<int8_t *>(memory + chunk * (weight_bytes + vector_bytes));
-    for (int g = 0; g < groups; ++g)
-      for (int x = 0; x < d.kernel_x; ++x, w += 256)
-        for (int i = 0; i < 4; ++i) {
-          const int y = 4 * g + i;
-          const int8_t *from = d.weights + (int64_t(y) * d.kernel_x + x) * padded + 64 * chunk;
-          for (int j = 0; j < 4; ++j)
-            for (int lane = 0; lane < 4; ++lane)
-              for (int c = 0; c < 4; ++c) w[64 * j + 16 * lane + 4 * c + i] = y < d.kernel_y ? from[16 * lane + 4 * j + c] : 0;
-        }
-    alignas(64) int32_t bias[64];
-    for (int c = 0; c < 64; ++c) {
-      bias[c] = d.epilogue.bias[64 * chunk + c];
-      if (d.in.dtype == HZ_S8) bias[c] = int32_t(uint32_t(bias[c]) - 128u * uint32_t(d.weight_sum[64 * chunk + c]));
-    }
-    auto *vectors = reinterpret_cast<float *>(w);
-    in_lane_order(bias, reinterpret_cast<int32_t *>(vectors));
-    in_lane_order(d.epilogue.m + 64 * chunk, vectors + 64);
-    if (d.epilogue.ratio) in_lane_order(d.epilogue.ratio + 64 * chunk, vectors + 128);
-    if (d.epilogue.bound) in_lane_order(d.epilogue.bound + 64 * chunk, vectors + 192);
+  const int64_t most = int64_t(groups) * d.kernel_x * 256 + 4 * 256; // of a chunk
+  auto *chunk = reinterpret_cast<Chunk *>(scratch(chunks * (int64_t(sizeof(Chunk)) + most) + 64));
+  uint8_t *memory = reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(chunk + chunks) + 63) / 64 * 64);
+  for (int i = 0; i < chunks; ++i) {
+    chunk[i].d = &d;
+    chunk[i].groups = groups;
+    const bool wide = d.channels - 64 * i > 32;
+    memory = wide ? prepare<Vector64>(d, 64 * i, chunk[i], memory) : prepare<Vector32>(d, 64 * i, chunk[i], memory);
   }
   for (int64_t unit = first; unit < last; ++unit) {
     const int64_t image = unit / d.height, y = unit % d.height;
     const uint8_t *from = in + image * d.in_image + y * d.stride_y * d.in_row;
     const uint8_t *other = res ? res + image * d.res_image + y * d.res_row : nullptr;
     uint8_t *to = out + image * d.out_image + y * d.out_row;
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const uint8_t *base = memory + chunk * (weight_bytes + vector_bytes);
-      const auto *vectors = reinterpret_cast<const float *>(base + weight_bytes);
-      const int channel = 64 * chunk, channels = std::min(64, d.channels - channel);
-      const Chunk k{&d, groups, reinterpret_cast<const int8_t *>(base), reinterpret_cast<const int32_t *>(vectors),
-                    vectors + 64, vectors + 128, vectors + 192, first_bytes(channels), channels, d.epilogue.hi + channel};
-      rows(k, from + channel, other ? other + channel : nullptr, to + channel * channel_bytes, 0, d.width);
+    for (int i = 0; i < chunks; ++i) {
+      const int channel = 64 * i;
+      const Row row = d.channels - channel > 32 ? row64 : row32;
+      row(chunk[i], from + channel, other ? other + channel : nullptr, to + channel * channel_bytes);
     }
   }
 }

@@ -78,16 +78,17 @@ void arrange(const hz_conv &c, int64_t index, const Weights &w) {
     }
 }
 
-// T: int8_t or uint8_t, the input's type; P: pixels.
+// T: int8_t or uint8_t, the input's type; P: pixels. A function of its own, or compilers keep its accumulators in memory.
 template <class T, int P>
-void sums(const Weights &w, const int32_t *bias, const uint8_t *const *in, int32_t (*result)[tile]) {
+__attribute__((noinline)) void sums(const Weights &w, const int32_t *bias, const uint8_t *const *in, int32_t (*result)[tile]) {
   int32_t acc[P][tile];
   for (int p = 0; p < P; ++p) std::memcpy(acc[p], bias, sizeof acc[p]);
   const int16_t *value = w.values;
-  for (int64_t g = 0; g < w.groups; ++g)
+  const int32_t *const place = w.place;
+  for (int64_t g = 0, groups = w.groups; g < groups; ++g)
     for (int byte = 0; byte < 4; ++byte, value += tile)
       for (int p = 0; p < P; ++p) {
-        const int16_t x = T(in[p][w.place[g] + byte]);
+        const int16_t x = T(in[p][place[g] + byte]);
         for (int c = 0; c < tile; ++c) acc[p][c] = plus(acc[p][c], int32_t(x) * int32_t(value[c]));
       }
   std::memcpy(result, acc, sizeof acc);

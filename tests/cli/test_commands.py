@@ -89,7 +89,7 @@ def test_check_names_what_is_wrong_and_exits_with_2(horizon, arguments, message)
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("command", ["check", "demo"])
+@pytest.mark.parametrize("command", ["check", "run", "bench", "demo"])
 def test_help_shows_an_example(horizon, command):
     result = horizon(command, "--help")
     assert result.exit_code == 0

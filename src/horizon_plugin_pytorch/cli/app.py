@@ -6,10 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from horizon_plugin_pytorch.plan.runner import Runner
+
+    from .programs import Program
 
 app = typer.Typer(
     name="horizon",
@@ -81,6 +86,96 @@ def check(
             json.write_text(report.to_json(), encoding="utf-8")
         if html is not None:
             html.write_text(report.to_html(), encoding="utf-8")
+
+
+PROGRAM = typer.Argument(
+    metavar="PLAN|PACKAGE.MODULE:CALLABLE",
+    help="A saved plan, or a model: an nn.Module, or a class or function that returns one when called without arguments.",
+    show_default=False,
+)
+SHAPES = typer.Option(
+    "--input",
+    metavar="SHAPE",
+    help="Shape of an input, e.g. 1,3,224,224; once per argument. A plan has shapes of its own.",
+    show_default=False,
+)
+THREADS = typer.Option(min=1, help="Threads to compute with; as PyTorch is set if left out.", show_default=False)
+BACKEND = typer.Option(help="auto, cpu or reference; auto takes the fastest there is.")
+
+
+@contextmanager
+def _running(
+    spec: str, shapes: list[str] | None, backend: str, threads: int | None
+) -> Iterator[tuple[Program, Runner]]:
+    """What the command line names, ready to run; whatever is wrong with it ends the command in one line."""
+    from horizon_plugin_pytorch.errors import QuantizationError
+    from horizon_plugin_pytorch.plan import PlanError
+
+    from .model_spec import SpecError
+    from .programs import load_program
+
+    with _error_to_exit(SpecError, PlanError, QuantizationError, OSError):
+        program = load_program(spec, shapes or [])
+        if program.notice:
+            typer.echo(f"note: {program.notice}", err=True)
+        yield program, program.plan.compile(backend, threads)
+
+
+@app.command(no_args_is_help=True, epilog="Example: horizon run resnet50.safetensors --input 4,3,224,224 --threads 2")
+def run(
+    program: Annotated[str, PROGRAM],
+    inputs: Annotated[list[str] | None, SHAPES] = None,
+    threads: Annotated[int | None, THREADS] = None,
+    backend: Annotated[str, BACKEND] = "auto",
+    repeats: Annotated[int, typer.Option(min=1, help="How many runs the latency is the median of.")] = 10,
+) -> None:
+    """Run a plan on random numbers and say what comes out and how long it takes.
+
+    A float model is quantized first, with random numbers: for its time, not for its outputs.
+    """
+    from .latency import latency_table, measure, output_table
+
+    console = Console(width=get_terminal_size(fallback=(140, 24)).columns, highlight=False)
+    with _running(program, inputs, backend, threads) as (loaded, runner):
+        outputs = runner(*loaded.inputs)
+        console.print(runner.report, markup=False)
+        console.print(output_table(outputs))
+        console.print(latency_table(measure({runner.backend: lambda: runner(*loaded.inputs)}, repeats)))
+
+
+@app.command(
+    no_args_is_help=True, epilog="Example: horizon bench torchvision.models:resnet18 --input 1,3,224,224 --threads 2"
+)
+def bench(
+    program: Annotated[str, PROGRAM],
+    inputs: Annotated[list[str] | None, SHAPES] = None,
+    threads: Annotated[int | None, THREADS] = None,
+    backend: Annotated[str, BACKEND] = "auto",
+    repeats: Annotated[int, typer.Option(min=1, help="How many runs are timed.")] = 30,
+    steps: Annotated[int, typer.Option(min=0, help="How many of the slowest steps to list.")] = 20,
+) -> None:
+    """Time a plan, beside the float model where there is one, and each of its steps.
+
+    The float model runs in PyTorch, eagerly, on the same inputs and threads; the two take turns.
+    """
+    import torch
+
+    from horizon_plugin_pytorch.plan.profile import profile
+
+    from .latency import latency_table, measure, step_table
+
+    console = Console(width=get_terminal_size(fallback=(140, 24)).columns, highlight=False)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with _running(program, inputs, backend, threads) as (loaded, runner), torch.no_grad():
+        forwards = {f"int8, {runner.backend}": lambda: runner(*loaded.inputs)}
+        if loaded.float_model is not None:
+            forwards["float, PyTorch eager"] = lambda: loaded.float_model(*loaded.inputs)  # type: ignore[misc]
+        times = measure(forwards, repeats)
+        console.print(runner.report, markup=False)
+        console.print(latency_table(times))
+        if steps:
+            console.print(step_table(profile(runner, *loaded.inputs), steps))
 
 
 @app.command(epilog="Example: horizon demo --output faces.png")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from horizon_plugin_pytorch.plan.runner import Runner
@@ -143,6 +143,19 @@ class Plan:
         from horizon_plugin_pytorch.plan.runner import Runner
 
         return Runner(self, backend, threads)
+
+    def as_module(self) -> nn.Module:
+        """The plan as a module that `torch.compile` and `torch.export` see as one operator, `horizon::run_plan`.
+
+        Its buffers are the constants. Integer outputs come as the float32 values they stand for. On the CPU it runs on the
+        kernels of the backend ``auto``, with as many threads as PyTorch is set to.
+
+        Raises:
+            PlanError: an output is not a tensor.
+        """
+        from horizon_plugin_pytorch.plan.module import PlanModule
+
+        return PlanModule(self)
 
 
 def _type(value: Value) -> str:

@@ -135,14 +135,14 @@ class _Native:
         return self.program(inputs, threads)(inputs, threads)
 
     def program(self, inputs: list[Tensor], threads: int) -> Any:
-        from horizon_plugin_pytorch.plan.native.execution import NativeProgram
-        from horizon_plugin_pytorch.plan.native.tuning import Tuner
+        from horizon_plugin_pytorch.plan.native.execution import compile_for
 
         key = (*((tuple(x.shape), x.stride()) for x in inputs), threads)
         with self._lock:
             if key not in self._programs:
-                tuner = Tuner(self.isa, threads, self.cache)
-                self._programs[key] = NativeProgram(self.plan, self.constants, inputs, self.isa, tuner)
+                self._programs[key] = compile_for(
+                    self.plan, self.constants, inputs, self.isa, threads, self.cache
+                )
                 while len(self._programs) > _KEPT_SHAPES:
                     self._programs.popitem(last=False)
             self._programs.move_to_end(key)
@@ -157,7 +157,10 @@ class _Native:
             shapes = ", ".join("×".join(map(str, shape)) for shape, _ in key[:-1])
             steps = [self.plan.steps[i] for i in program.steps_in_torch]
             in_torch = "; ".join(f"{s.name} ({s.target or s.kind})" for s in steps) or "none"
-            lines.append(f"inputs {shapes}, {key[-1]} threads: arena {program.arena_bytes / 1e6:.2f} MB, steps in PyTorch: {in_torch}")
+            parts = f"{program.split.images} images at a time{', one part per thread' if program.split.apart else ''}"
+            lines.append(
+                f"inputs {shapes}, {key[-1]} threads: {parts}, arena {program.arena_bytes / 1e6:.2f} MB, steps in PyTorch: {in_torch}"
+            )
         return lines
 
 

@@ -41,20 +41,10 @@ def save(plan: Plan, path: str | Path) -> None:
     """Write `plan` to `path`; a file that is there is replaced only when the new one is complete."""
     from safetensors.torch import save_file
 
-    program = {
-        "format": FORMAT,
-        "model": plan.model,
-        "inputs": list(plan.inputs),
-        "values": [[v.name, v.dtype, list(v.shape), v.scale] for v in plan.values],
-        "steps": [
-            [s.kind, s.name, s.target, _encode(s.args), _encode(s.kwargs), _encode(s.params)] for s in plan.steps
-        ],
-        "outputs": _encode(plan.outputs),
-    }
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
-        save_file(plan.constants, part, metadata={"plan": json.dumps(program, allow_nan=False)})
+        save_file(plan.constants, part, metadata={"plan": to_json(plan)})
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -81,13 +71,43 @@ def load(path: str | Path) -> Plan:
     if text is None or len(text) > _LARGEST_HEADER:
         raise PlanError(f"{path} has no program of a plan in it")
     try:
-        program = json.loads(text, parse_constant=_no_constant)
-        plan = _decode_plan(program, constants)
-        validate(plan)
+        return from_json(text, constants)
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from None
+
+
+def to_json(plan: Plan) -> str:
+    """The program of `plan`: everything but its constants."""
+    program = {
+        "format": FORMAT,
+        "model": plan.model,
+        "inputs": list(plan.inputs),
+        "values": [[v.name, v.dtype, list(v.shape), v.scale] for v in plan.values],
+        "steps": [
+            [s.kind, s.name, s.target, _encode(s.args), _encode(s.kwargs), _encode(s.params)] for s in plan.steps
+        ],
+        "outputs": _encode(plan.outputs),
+    }
+    return json.dumps(program, allow_nan=False)
+
+
+def from_json(text: str, constants: dict[str, Tensor], check: bool = True) -> Plan:
+    """The plan of a program that `to_json` wrote, and its constants.
+
+    Args:
+        check: False only for a program that was checked before, whose constants are here without their data.
+
+    Raises:
+        PlanError: it is not a valid program, or does not fit the constants, saying where.
+    """
+    try:
+        plan = _decode_plan(json.loads(text, parse_constant=_no_constant), constants)
+        if check:
+            validate(plan)
+    except PlanError:
+        raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
-        raise PlanError(f"{path}: its program is not valid: {type(error).__name__}: {error}") from None
+        raise PlanError(f"its program is not valid: {type(error).__name__}: {error}") from None
     return plan
 
 

@@ -24,7 +24,8 @@ class Maker:
 
     def __init__(self, **inputs: tuple[int, ...]) -> None:
         self.inputs = tuple(inputs)
-        self.values = [Value(name, "float32", shape) for name, shape in inputs.items()]
+        # recorded at another size, so that no recorded shape is taken for granted
+        self.values = [Value(name, "float32", (0,) * len(shape)) for name, shape in inputs.items()]
         self.steps: list[Step] = []
         self.constants: dict[str, Tensor] = {}
 
@@ -98,11 +99,15 @@ def reference(plan: Plan, *inputs: Tensor) -> Any:
     return fill(plan.outputs, values.__getitem__, plan.constants)
 
 
+def program(plan: Plan, *inputs: Tensor, isa: int = 0) -> NativeProgram:
+    return NativeProgram(plan, Constants(plan), inputs, isa)
+
+
 def native(plan: Plan, *inputs: Tensor, isa: int, threads: int = 1) -> tuple[Any, list[int]]:
     """The plan's outputs by the kernels, and the steps that ran in PyTorch; run twice, for an arena that holds old values."""
-    program = NativeProgram(plan, Constants(plan), inputs, isa)
-    program(tuple(-x for x in inputs), threads)
-    return program(inputs, threads), program.steps_in_torch
+    made = program(plan, *inputs, isa=isa)
+    made(tuple(-x for x in inputs), threads)
+    return made(inputs, threads), made.steps_in_torch
 
 
 def differing(a: Any, b: Any) -> int:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan.native import plans
 
 from horizon_plugin_pytorch.backends.cpu import library
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
+from plan.native import plans
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="the CPU kernels were not built")
 ISAS = range(library.best_isa() + 1) if library.why_not() is None else range(1)

@@ -9,6 +9,7 @@ arithmetic. A QAT group in evaluation calls the same three functions, so that it
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,6 +22,7 @@ from horizon_plugin_pytorch.errors import QuantizationError
 from horizon_plugin_pytorch.fusion.absorb_bn import bn_factor_and_shift, norm_tensors
 from horizon_plugin_pytorch.fusion.patterns import RELU, RELU6, Anchor, Pattern
 from horizon_plugin_pytorch.nn.intrinsic.group import AddPlace
+from horizon_plugin_pytorch.nn.quantized import compiled
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor, quantize
 from horizon_plugin_pytorch.nn.quantized.tensors import MakesIntegers, Remembered
 
@@ -257,11 +259,20 @@ class QuantizedGroup(MakesIntegers, AddPlace, nn.Module):
         if not self.pattern.add and operands:
             output_size = operands[0]
         require_quantized(self, x, other)
+        if torch.compiler.is_compiling():
+            return compiled.call(self, (x,) if other is None else (x, other), sizes=output_size or ())
         constants = self.integers(x.scale, None if other is None else other.scale)
         y = run_group(
             self.pattern, self.geometry, constants, x, other, self.activation, self.scale, self.dtype8, output_size, self.path
         )  # fmt: skip
         return y if self.scale is None else QTensor.make(y, self.scale, self.dtype8, self.float_calls)
+
+    def uncompiled(self, method: str, xs: Sequence[Tensor], sizes: Sequence[int], number: float | None) -> Tensor:
+        return self(*xs, output_size=list(sizes) or None)
+
+    def float_form(self, method: str, xs: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        y = self.geometry.differentiable(xs[0], xs[0].new_empty(self.weight.shape), list(sizes) or None)
+        return y + xs[1] if len(xs) > 1 else y
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.weight.shape))

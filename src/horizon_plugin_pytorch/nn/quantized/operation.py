@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from horizon_plugin_pytorch.errors import QuantizationError
-from horizon_plugin_pytorch.nn.quantized import operators
+from horizon_plugin_pytorch.nn.quantized import compiled, operators
 from horizon_plugin_pytorch.nn.quantized.group import require_quantized
 from horizon_plugin_pytorch.nn.quantized.operators import Operator
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor, dequantize, quantize
@@ -63,7 +63,14 @@ class Quantize(_Quantizing):
     """``clamp(round(x / s), lo, hi)``; a NaN raises. Hands a quantized tensor on."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if isinstance(x, QTensor) else quantize(x, self.scale, self.dtype8, self.path, self.float_calls)
+        if isinstance(x, QTensor):
+            return x
+        if torch.compiler.is_compiling():
+            return compiled.call(self, (x,))
+        return quantize(x, self.scale, self.dtype8, self.path, self.float_calls)
+
+    def float_form(self, method: str, xs: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        return xs[0]
 
 
 class Operation(_Quantizing):
@@ -75,7 +82,12 @@ class Operation(_Quantizing):
         hold_parameters(self, operator)
 
     def forward(self, *xs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return compiled.call(self, xs)
         return self._run(self.operator, *xs)
+
+    def float_form(self, method: str, xs: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        return xs[0] if isinstance(self.operator, operators.Elementwise) else self.operator.float(*xs)
 
     def _get_name(self) -> str:
         return f"Quantized{self.operator.name}"
@@ -85,21 +97,27 @@ class QFunctional(_Quantizing):
     """The converted `FloatFunctional`."""
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        return self._run(operators.Add(), x, y)
+        return self._run_or_call("add", operators.Add(), x, y)
 
     def add_relu(self, x: Tensor, y: Tensor) -> Tensor:
-        return self._run(operators.Add("relu"), x, y)
+        return self._run_or_call("add_relu", operators.Add("relu"), x, y)
 
     def mul(self, x: Tensor, y: Tensor) -> Tensor:
-        return self._run(operators.Mul(), x, y)
+        return self._run_or_call("mul", operators.Mul(), x, y)
 
     def cat(self, x: Any, dim: int = 0) -> Tensor:
+        if torch.compiler.is_compiling():
+            return compiled.call(self, x, "cat", (dim,))
         return self._run(operators.Cat(dim), *x)
 
     def add_scalar(self, x: Tensor, y: float) -> Tensor:
+        if torch.compiler.is_compiling():
+            return compiled.call(self, (x,), "add_scalar", number=float(y))
         return self._run(operators.Elementwise(lambda t: t + y), x)
 
     def mul_scalar(self, x: Tensor, y: float) -> Tensor:
+        if torch.compiler.is_compiling():
+            return compiled.call(self, (x,), "mul_scalar", number=float(y))
         return self._run(operators.Elementwise(lambda t: t * y), x)
 
     def sub(self, x: Tensor, y: Tensor) -> Tensor:
@@ -108,7 +126,23 @@ class QFunctional(_Quantizing):
     def matmul(self, x: Tensor, y: Tensor) -> Tensor:
         return self._in_float(torch.matmul, x, y)
 
+    def uncompiled(self, method: str, xs: Sequence[Tensor], sizes: Sequence[int], number: float | None) -> Tensor:
+        if method == "cat":
+            return self.cat(xs, sizes[0])
+        return getattr(self, method)(*xs, *([] if number is None else [number]))
+
+    def float_form(self, method: str, xs: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        if method == "cat":
+            return torch.cat(list(xs), sizes[0])
+        function = torch.matmul if method == "matmul" else torch.add
+        return function(*xs) if len(xs) > 1 else xs[0]
+
+    def _run_or_call(self, method: str, operator: Operator, *xs: Tensor) -> Tensor:
+        return compiled.call(self, xs, method) if torch.compiler.is_compiling() else self._run(operator, *xs)
+
     def _in_float(self, function: Callable[..., Tensor], *xs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return compiled.call(self, xs, function.__name__)
         for x in xs:
             if isinstance(x, QTensor):
                 x.float_calls[function.__name__] += 1

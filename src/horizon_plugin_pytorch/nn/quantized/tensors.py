@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+import itertools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +32,38 @@ class KeepsDtype(nn.Module):
 
 
 class MakesIntegers(KeepsDtype):
-    """A converted module that makes integers of `dtype8` with `scale` (None: float32 values); a checkpoint holds both."""
+    """A converted module that makes integers of `dtype8` with `scale` (None: float32 values); a checkpoint holds both.
+
+    Attributes:
+        number: by which compiled graphs of this process know it, see `nn.quantized.compiled`.
+        numbered: the modules that have one.
+    """
 
     dtype8: torch.dtype
     scale: Tensor | None
+    float_calls: Counter[str]
+    numbered: ClassVar[weakref.WeakValueDictionary[int, MakesIntegers]] = weakref.WeakValueDictionary()
+    _numbers: ClassVar[Iterator[int]] = itertools.count()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._take_number()
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._take_number()  # a copy is another module
+
+    def _take_number(self) -> None:
+        self.number = next(self._numbers)
+        self.numbered[self.number] = self
+
+    def uncompiled(self, method: str, xs: Sequence[Tensor], sizes: Sequence[int], number: float | None) -> Tensor:
+        """`method` with these arguments."""
+        return getattr(self, method)(*xs)
+
+    def float_form(self, method: str, xs: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        """Floats of the shape of what `method` makes."""
+        raise NotImplementedError
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

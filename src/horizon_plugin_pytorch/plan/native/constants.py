@@ -13,6 +13,7 @@ from torch import Tensor
 
 from horizon_plugin_pytorch.backends.cpu import library, packing
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
+from horizon_plugin_pytorch.plan.native import stems
 from horizon_plugin_pytorch.plan.native.walks import Walk
 from horizon_plugin_pytorch.plan.program import Plan, Step
 
@@ -73,11 +74,22 @@ class Constants:
             weight = weight.reshape(*weight.shape, *(1 for _ in walks))
         return packing.select_taps(weight, [w.taps for w in walks])
 
-    def conv(self, step: Step, walks: tuple[Walk, ...], contiguous: bool) -> packing.ConvWeights:
+    def conv(
+        self, step: Step, walks: tuple[Walk, ...], contiguous: bool, stem: int | None = None
+    ) -> packing.ConvWeights:
+        """The weights of a walk's taps; `stem`: for rows in pairs, see `stems`, with so many rows of zeros above the kernel."""
         contiguous = contiguous and len(walks[-1].taps) > 1
-        key = (step.params["weight"].name, tuple(w.taps for w in walks), contiguous)
+        key = (step.params["weight"].name, tuple(w.taps for w in walks), contiguous, stem)
         groups = step.params["geometry"]["groups"]
-        return self._once(key, lambda: packing.pack_conv(self._taps(step, walks), groups, contiguous))
+
+        def make() -> packing.ConvWeights:
+            weight = self._taps(step, walks) if stem is None else self._stem(step, stem)
+            return packing.pack_conv(weight, groups, contiguous)
+
+        return self._once(key, make)
+
+    def _stem(self, step: Step, zeros: int) -> Tensor:
+        return stems.pair_rows(self[step.params["weight"].name], zeros).permute(0, 2, 3, 1)
 
     def depthwise(self, step: Step, walks: tuple[Walk, ...]) -> Depthwise:
         key = ("depthwise", step.params["weight"].name, tuple(w.taps for w in walks))

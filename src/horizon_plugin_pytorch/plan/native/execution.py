@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,8 @@ from torch.utils._pytree import tree_map
 
 from horizon_plugin_pytorch.backends.cpu import library
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
-from horizon_plugin_pytorch.plan.native import tuning
+from horizon_plugin_pytorch.plan.native import batches, tuning
+from horizon_plugin_pytorch.plan.native.batches import Split, separable
 from horizon_plugin_pytorch.plan.native.constants import Constants
 from horizon_plugin_pytorch.plan.native.layout import View
 from horizon_plugin_pytorch.plan.native.lowering import InTorch, Lowering, TorchStep
@@ -28,8 +30,10 @@ _MOST_IDLE_STATES = 4
 class _State:
     """What one call at a time may use: an arena, and operations that write to this state's flag for NaN."""
 
-    def __init__(self, program: NativeProgram) -> None:
-        self.arena = torch.empty(program.arena_bytes + library.SLACK, dtype=torch.uint8)
+    def __init__(self, program: NativeProgram, threads: int) -> None:
+        arenas = threads if program.split.apart else 1
+        self.threads = threads
+        self.arena = torch.empty(arenas * program.arena_bytes + library.SLACK, dtype=torch.uint8)
         self.bad = ctypes.c_int32(0)
         self.own: list[Any] = []
         lowered = program.lowered
@@ -50,8 +54,11 @@ class _State:
             if end > begin:
                 first = ctypes.cast(ctypes.addressof(array[begin]), ctypes.POINTER(library.Op))
                 self.segments.append(
-                    library.Program(first, end - begin, 1, ctypes.addressof(program.slot_step), program.slots, 0, program.arena_bytes)
-                )
+                    library.Program(
+                        first, end - begin, program.iterations, ctypes.addressof(program.slot_step), program.slots,
+                        int(program.split.apart), program.arena_bytes,
+                    )
+                )  # fmt: skip
             if step is not None:
                 self.segments.append(step)
             begin = end
@@ -60,19 +67,38 @@ class _State:
 class NativeProgram:
     """A plan for inputs of one shape and layout; may be called by several threads at a time.
 
+    Args:
+        tuner: chooses how convolutions are done; None: without measurements.
+        split: run the plan on so many images at a time, see `batches`; None: on all.
+
     Raises:
-        PlanError: the plan does not accept these inputs.
+        PlanError: the plan does not accept these inputs, or cannot be run on a part of the batch.
     """
 
     def __init__(
-        self, plan: Plan, constants: Constants, inputs: Sequence[Tensor], isa: int, tuner: Tuner | None = None
+        self,
+        plan: Plan,
+        constants: Constants,
+        inputs: Sequence[Tensor],
+        isa: int,
+        tuner: Tuner | None = None,
+        split: Split | None = None,
     ) -> None:
         self.plan, self.isa = plan, isa
+        self.images = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
+        self.split = split or Split(self.images, False)
+        self.iterations = max(self.images // max(self.split.images, 1), 1)
+        whole, inputs = inputs, [x[: self.split.images] for x in inputs] if self.iterations > 1 else inputs
         metas = infer(plan, [(tuple(x.shape), x.dtype) for x in inputs])
-        self.lowered = Lowering(plan, constants, metas, inputs).run()
+        if self.iterations > 1 and not separable(plan, metas, self.split.images):
+            raise PlanError(f"{plan.model} does not compute each image of a batch by itself")
+        self.lowered = Lowering(plan, constants, metas, inputs, isa).run()
+        if self.iterations > 1 and self.lowered.torch_steps:
+            raise PlanError(f"{plan.model} runs steps in PyTorch, so it runs on whole batches")
         self.arena_bytes = self.lowered.arena_bytes
         self.slots = len(self.lowered.slots) + 1
-        self.slot_step = (ctypes.c_int64 * self.slots)()
+        steps = [0, *(v.strides[0] * self.split.images if self.iterations > 1 else 0 for v in self.lowered.slots)]
+        self.slot_step = (ctypes.c_int64 * self.slots)(*steps)
         self._inputs = len(inputs)
         self._imported = {
             step.imported.buffer.slot for step in self.lowered.torch_steps if step.imported is not None
@@ -82,11 +108,14 @@ class NativeProgram:
             if operation.kind == "conv":
                 tuning.apply(operation, tuning.usual(operation.params))
         if tuner is not None:
-            self._tune(tuner, inputs)
+            self.tune(tuner, whole)
 
-    def _tune(self, tuner: Tuner, inputs: Sequence[Tensor]) -> None:
+    def tune(self, tuner: Tuner, inputs: Sequence[Tensor]) -> None:
+        """Choose how convolutions are done; not while the program runs."""
+        self._states.clear()
         arena = torch.randint(0, 256, (self.arena_bytes + library.SLACK,), dtype=torch.uint8)
-        tuner.tune(self.lowered.builder.operations, self._pointers(self._tensors(arena, inputs)))
+        tensors = self._tensors(arena, inputs)
+        tuner.tune(self.lowered.builder.operations, self._pointers(tensors))
 
     def _tensors(self, arena: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         """The tensors of all slots; None for those that PyTorch makes on the way."""
@@ -94,7 +123,8 @@ class NativeProgram:
         for slot, view in enumerate(self.lowered.slots[self._inputs :], start=self._inputs + 1):
             made = None
             if slot not in self._imported:
-                made = torch.empty_strided(view.shape, [s // view.item for s in view.strides], dtype=torch.float32)
+                shape = (self.images, *view.shape[1:]) if self.iterations > 1 else view.shape
+                made = torch.empty_strided(shape, [s // view.item for s in view.strides], dtype=torch.float32)
             tensors.append(made)
         return tensors
 
@@ -108,8 +138,10 @@ class NativeProgram:
     def __call__(self, inputs: Sequence[Tensor], threads: int) -> Any:
         try:
             state = self._states.pop()
+            if state.threads != threads:
+                state = _State(self, threads)
         except IndexError:
-            state = _State(self)
+            state = _State(self, threads)
         try:
             return self._run(state, inputs, threads)
         finally:
@@ -182,6 +214,38 @@ class NativeProgram:
         if plain.untyped_storage().data_ptr() != state.arena.untyped_storage().data_ptr():
             return value
         return value.like(plain.clone()) if isinstance(value, QTensor) else plain.clone()
+
+
+def compile_for(
+    plan: Plan, constants: Constants, inputs: Sequence[Tensor], isa: int, threads: int, cache: tuning.Cache
+) -> NativeProgram:
+    """The program for inputs of this shape and layout that measures fastest, as far as measurements go in their time."""
+    images = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
+    candidates = batches.splits(images, threads)
+    if len(candidates) > 1 and not separable(plan, infer(plan, [(tuple(x.shape), x.dtype) for x in inputs]), images):
+        candidates = candidates[-1:]
+
+    def tuner(split: Split, seconds: float) -> Tuner:
+        return Tuner(isa, 1 if split.apart else threads, cache, time.monotonic() + seconds)
+
+    def build(split: Split, seconds: float = tuning.BUDGET) -> NativeProgram:
+        return NativeProgram(plan, constants, inputs, isa, tuner(split, seconds), split)
+
+    key = batches.key(plan, library.ISAS[isa], threads, inputs)
+    known = cache.get(key, (images + 1, 2))
+    split = candidates[-1] if known is None else Split(known[0], bool(known[1]))
+    if len(candidates) == 1 or split not in candidates or (known is None and images < 2):
+        program = build(candidates[-1])
+    elif known is not None:
+        program = build(split)
+    else:
+        share = tuning.BUDGET / len(candidates)
+        until = time.monotonic() + 2 * tuning.BUDGET
+        split, program = batches.choose(candidates, lambda s: build(s, share), inputs, threads, until)
+        cache.put(key, (split.images, int(split.apart)))
+        program.tune(tuner(split, tuning.BUDGET / 2), inputs)
+    cache.write()
+    return program
 
 
 def _tensor(view: View, arena: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -10,24 +10,15 @@ import numpy as np
 from horizon_plugin_pytorch.backends.cpu import library
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
 from horizon_plugin_pytorch.plan.native.constants import Constants, step_offsets
-from horizon_plugin_pytorch.plan.native.layout import View, offsets
+from horizon_plugin_pytorch.plan.native.layout import View
 from horizon_plugin_pytorch.plan.native.program import Builder
 from horizon_plugin_pytorch.plan.native.walks import Walk
 from horizon_plugin_pytorch.plan.program import PlanError, Step
 
 # A table covers several images where one has fewer pixels than this, so that tiles of 16 pixels are full.
 _PIXELS_OF_A_TABLE = 256
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How a convolution is done; every choice gives the same result. See csrc/horizon_cpu.h."""
-
-    rows: int = 0
-    columns: int = 0
-    by_channels: bool = False
-    pixels_inside: bool = False
-    flatten: bool = False
+# Walking over the zeros between rows, too, costs at most this much.
+_MOST_FLATTENED = 1.15
 
 
 @dataclass(frozen=True)
@@ -37,7 +28,8 @@ class Operands:
     x: View
     y: View
     residual: View | None
-    choice: Choice = field(default_factory=Choice)
+    stem: int | None = None
+    """For an input whose rows lie in pairs, see `stems`: the zeros that its kernel has above it."""
 
 
 def emit(builder: Builder, constants: Constants, step: Step, walks: tuple[Walk, ...], operands: Operands, barrier: bool) -> None:
@@ -70,50 +62,96 @@ def _along(view: View | None, walks: tuple[Walk, ...]) -> tuple[int, tuple[int, 
 def _conv(builder: Builder, constants: Constants, step: Step, walks: tuple[Walk, ...], operands: Operands, barrier: bool) -> None:
     x, y, residual = operands.x, operands.y, operands.residual
     compact = bool(walks) and x.strides[-1] == x.shape[1] and walks[-1].dilation == 1
-    weights = constants.conv(step, walks, compact)
+    weights = constants.conv(step, walks, compact, operands.stem)
     builder.kept.append(weights)
-    counts = [w.count for w in walks]
-    images, pixels = x.shape[0], prod(counts)
-    together = 1
-    if pixels < _PIXELS_OF_A_TABLE:
-        together = next(n for n in range(1, images + 1) if images % n == 0 and (n * pixels >= _PIXELS_OF_A_TABLE or n == images))
-    reads = tuple(w.stride * s for w, s in zip(walks, x.strides[2:], strict=True))
     (y_start, y_reads), (r_start, r_reads) = _along(y, walks), _along(residual, walks)
     deltas = step_offsets(weights, walks, x.strides[2:])
     corner = int(deltas.min())
-    pixel = _padded(offsets((together, *counts), (x.strides[0], *reads)), step, repeat=True)
-    out_at = _padded(offsets((together, *counts), (y.strides[0], *y_reads)), step, repeat=False)
-    params = library.Conv(
+    images, pixels = x.shape[0], prod(w.count for w in walks)
+    together = 1
+    if pixels < _PIXELS_OF_A_TABLE:
+        together = next(n for n in range(1, images + 1) if images % n == 0 and (n * pixels >= _PIXELS_OF_A_TABLE or n == images))
+    common = library.Conv(
         images=images // together,
         in_image=x.strides[0] * together,
         out_image=y.strides[0] * together,
-        pixels=pixels * together,
-        tiles=len(pixel) // library.TILE,
-        pixel=builder.array(pixel),
-        out_at=builder.array(out_at),
-        pitch=builder.array(_pitch(pixel)),
+        res_image=0 if residual is None else residual.strides[0] * together,
         steps=len(weights.steps),
         channels=constants.outputs(step),
         step=builder.array(deltas - corner, np.int32),
         used=builder.array(weights.used),
+        block_offset=None if weights.block_offset is None else builder.array(weights.block_offset),
         weights=weights.tiles.data_ptr(),
         weight_sum=weights.sums.data_ptr(),
         epilogue=_epilogue(builder, constants, step, operands),
-        rows=operands.choice.rows,
-        columns=operands.choice.columns,
-        by_channels=operands.choice.by_channels,
-        pixels_inside=operands.choice.pixels_inside,
     )
-    if weights.block_offset is not None:
-        params.block_offset = builder.array(weights.block_offset)
-    if residual is not None:
-        params.res_image = residual.strides[0] * together
-        params.res_at = builder.array(_padded(offsets((together, *counts), (residual.strides[0], *r_reads)), step, repeat=True))
-    params.in_.offset, params.out.offset, params.res.offset = corner, y_start, r_start
-    builder.add("conv", params, [(params.in_, x), (params.out, y), (params.res, residual)], barrier)
+    common.in_.offset, common.out.offset, common.res.offset = corner, y_start, r_start
+    domains = [_pixels(walks, x)]
+    if library.ISAS[builder.isa] == "amx" and _gains_from_flattening(walks, x):
+        domains.append(_flattened(walks, x))
+    ways = []
+    for domain in domains:
+        way = library.Conv.from_buffer_copy(common)
+        pixel = _whole_tiles(domain.table(together, x.strides[0], domain.reads), step, repeat=True)
+        way.pixels, way.tiles = domain.count * together, len(pixel) // library.TILE
+        way.pixel, way.pitch = builder.array(pixel), builder.array(_pitch(pixel))
+        way.out_at = builder.array(_whole_tiles(domain.table(together, y.strides[0], y_reads, missing=-1), step, repeat=False))
+        if residual is not None:
+            way.res_at = builder.array(_whole_tiles(domain.table(together, residual.strides[0], r_reads), step, repeat=True))
+        ways.append(way)
+    refs = [ref for w in ways for ref in ((w.in_, x), (w.out, y), (w.res, residual))]
+    builder.add("conv", ways, refs, barrier)
 
 
-def _padded(table: np.ndarray, step: Step, repeat: bool) -> np.ndarray:
+@dataclass(frozen=True)
+class _Domain:
+    """The output pixels of an image in the order of the tables: for each its index along every dimension.
+
+    reads: bytes between the inputs of neighbouring outputs, by dimension.
+    outside: where a pixel is not one of the output's; its input may be read.
+    """
+
+    indices: tuple[np.ndarray, ...]
+    reads: tuple[int, ...]
+    outside: np.ndarray | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.indices[0]) if self.indices else 1
+
+    def table(self, images: int, image: int, strides: tuple[int, ...], missing: int | None = None) -> np.ndarray:
+        """Bytes of every pixel of so many images; those outside have `missing` where that is given."""
+        one = sum((i * s for i, s in zip(self.indices, strides, strict=True)), np.zeros(self.count, dtype=np.int64))
+        every = np.arange(images, dtype=np.int64)[:, None] * image + one
+        if missing is not None and self.outside is not None:
+            every[:, self.outside] = missing
+        return every.reshape(-1)
+
+
+def _pixels(walks: tuple[Walk, ...], x: View) -> _Domain:
+    grid = np.meshgrid(*(np.arange(w.count, dtype=np.int64) for w in walks), indexing="ij") if walks else []
+    return _Domain(tuple(g.reshape(-1) for g in grid), tuple(w.stride * s for w, s in zip(walks, x.strides[2:], strict=True)))
+
+
+def _gains_from_flattening(walks: tuple[Walk, ...], x: View) -> bool:
+    """Whether rows that are walked over with the zeros between them make every tile uniform at little cost."""
+    if len(walks) < 2 or walks[-1].stride != 1 or walks[-2].stride != 1 or not x.strides[-1] or x.strides[-2] % x.strides[-1]:
+        return False
+    width, pitch = walks[-1].count, x.strides[-2] // x.strides[-1]
+    return width % library.TILE != 0 and width < pitch <= _MOST_FLATTENED * width
+
+
+def _flattened(walks: tuple[Walk, ...], x: View) -> _Domain:
+    """All rows of a plane as one, with the columns of zeros between them."""
+    *outer, rows, columns = (w.count for w in walks)
+    pitch = x.strides[-2] // x.strides[-1]
+    counts = [*outer, (rows - 1) * pitch + columns]
+    *first, flat = (g.reshape(-1) for g in np.meshgrid(*(np.arange(n, dtype=np.int64) for n in counts), indexing="ij"))
+    reads = tuple(w.stride * s for w, s in zip(walks, x.strides[2:], strict=True))
+    return _Domain((*first, flat // pitch, flat % pitch), reads, flat % pitch >= columns)
+
+
+def _whole_tiles(table: np.ndarray, step: Step, repeat: bool) -> np.ndarray:
     """As int32, up to a whole number of tiles, with the last entry repeated or -1."""
     if len(table) and int(table.max()) >= 2**31:
         raise PlanError(f"{step.name!r}: an image is larger than 2 GiB")

@@ -143,11 +143,3 @@ def zero_ranges(view: View, axis: int | None) -> tuple[int, int, NDArray[np.int6
     until = np.concatenate([starts, [image]])
     keep = until > edges
     return images, image, np.ascontiguousarray(np.stack([edges, until - edges], 1)[keep])
-
-
-def offsets(counts: Sequence[int], strides: Sequence[int]) -> NDArray[np.int64]:
-    """Bytes of every index, in order: ``sum of index * stride``."""
-    total = np.zeros(1, dtype=np.int64)
-    for count, stride in zip(counts, strides, strict=True):
-        total = (total[:, None] + np.arange(count, dtype=np.int64) * stride).reshape(-1)
-    return total

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -20,7 +21,7 @@ from horizon_plugin_pytorch.backends import reference
 from horizon_plugin_pytorch.backends.cpu import library
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
-from horizon_plugin_pytorch.plan.native import elementwise, groups, moves, windows
+from horizon_plugin_pytorch.plan.native import elementwise, groups, moves, stems, windows
 from horizon_plugin_pytorch.plan.native.constants import Constants
 from horizon_plugin_pytorch.plan.native.layout import Buffer, Halo, View, fresh, zero_ranges
 from horizon_plugin_pytorch.plan.native.program import Builder, Operation
@@ -69,9 +70,11 @@ class Lowered:
 
 
 class Lowering:
-    def __init__(self, plan: Plan, constants: Constants, metas: Sequence[Any], inputs: Sequence[Tensor]) -> None:
+    def __init__(
+        self, plan: Plan, constants: Constants, metas: Sequence[Any], inputs: Sequence[Tensor], isa: int
+    ) -> None:
         self.plan, self.constants, self.metas = plan, constants, metas
-        self.builder = Builder()
+        self.builder = Builder(isa)
         self.env: list[Any] = []
         self.torch_steps: list[TorchStep] = []
         self.slots: list[View] = []
@@ -88,6 +91,7 @@ class Lowering:
         self.joins: dict[int, tuple[int, int]] = {}
         self.joined: dict[int, View] = {}
         self._look_for_joins()
+        self.stems = self._look_for_stems() if library.ISAS[isa] == "amx" else set()
 
     # -- looking ahead ------------------------------------------------------------------------------------------------------
 
@@ -153,6 +157,20 @@ class Lowering:
                 if alone and made and same and operand.dim() == result.dim():
                     self.joins[ref.value] = (self.value(i), begin)
                 begin += operand.shape[dim]
+
+    def _look_for_stems(self) -> set[int]:
+        """Quantized images that are read by one convolution with stride 2 alone."""
+        found = set()
+        for i, step in enumerate(self.plan.steps):
+            source = next((r.value for r in refs(step.args)), -1)
+            made = self.plan.steps[source - len(self.plan.inputs)] if source >= len(self.plan.inputs) else None
+            if made is None or made.kind != "quantize" or self.readers[source] != 1 or source in self.outputs:
+                continue
+            image = self.metas[source]
+            if step.kind == "group" and stems.fits(step, tuple(image.shape)) and image.scale.dim() == 0 and i in self.walks:
+                found.add(source)
+                self.walks[i] = [stems.pair_walks(walks) for walks in self.walks[i]]
+        return found
 
     def _writes(self, value: int, dim: int) -> bool:
         """Whether a value's operations can write it with its channels along `dim`."""
@@ -278,12 +296,34 @@ class Lowering:
         x = self.view(step.args[0])
         if x is None or x.dtype != "float32":
             return None
+        if self.value(i) in self.stems:
+            return self._quantize_in_pairs(i, x)
         y = self.new(self.value(i))
-        bad = len(self.builder.operations)
-        if not elementwise.emit(self.builder, "quantize", y, x, m=y.scale):
-            return None
-        self.quantizes.append(bad)
-        return y
+        return y if self._quantized(y, x) else None
+
+    def _quantized(self, y: View, x: View, barrier: bool = True) -> bool:
+        position = len(self.builder.operations)
+        if not elementwise.emit(self.builder, "quantize", y, x, m=y.scale, barrier=barrier):
+            return False
+        self.quantizes.append(position)
+        return True
+
+    def _quantize_in_pairs(self, i: int, x: View) -> View | None:
+        meta = self.metas[self.value(i)]
+        reader = next(n for n, s in enumerate(self.plan.steps) if any(r.value == self.value(i) for r in refs(s.args)))
+        shape = stems.pair_shape(x.shape)
+        sides = halo(self.walks[reader], shape[2:])
+        dtype = str(meta.dtype8).removeprefix("torch.")
+        y = fresh(shape, dtype, 1, {2 + d: side for d, side in enumerate(sides)}, meta.scale)
+        if x.shape[2] % stems.ROWS:  # the last pair has one row
+            ranges = self.builder.array(np.array([[0, y.buffer.bytes]], dtype=np.int64))
+            everything = library.Zero(images=1, image=0, ranges=1, range=ranges)
+            self.builder.add("zero", everything, [(everything.out, replace(y, offset=0))])
+        else:
+            self._clear(y, 1)
+        # one operation per row of the pairs: along a row its pixels lie at one distance
+        done = [self._quantized(*_every_second(y, x, row), barrier=row == stems.ROWS - 1) for row in range(stems.ROWS)]
+        return y if all(done) else None
 
     def _dequantize(self, i: int, step: Step) -> View | None:
         x = self.view(step.args[0])
@@ -306,7 +346,7 @@ class Lowering:
             x = self.operand(ref, axis)
             x = None if x is None else windows.pad(self.builder, x, geometry)
         else:
-            inputs = windows.padded_size(geometry, shape[axis + 1 :])
+            inputs = tuple(shape[axis + 1 :]) if ref.value not in self.stems else stems.pair_shape(shape)[2:]
             x = self.operand(ref, axis, self._halo(i, axis, inputs) if geometry.dims else None)
         if x is None or x.dtype == "float32":
             return None
@@ -321,10 +361,14 @@ class Lowering:
                 if not elementwise.emit(self.builder, "copy", laid, residual):
                     return None
                 residual = laid
+        stem = None
+        if ref.value in self.stems:
+            padding: Any = geometry.padding
+            stem = -padding[0] % stems.ROWS
         y = self.new(self.value(i), axis)
         as_images = _images if geometry.dims else _rows
         operands = groups.Operands(
-            as_images(x, axis), as_images(y, axis), None if residual is None else as_images(residual, axis)
+            as_images(x, axis), as_images(y, axis), None if residual is None else as_images(residual, axis), stem
         )
         for n, walks in enumerate(self.walks[i]):
             groups.emit(self.builder, self.constants, step, walks, operands, barrier=n == len(self.walks[i]) - 1)
@@ -391,6 +435,14 @@ class Lowering:
 
     def _function(self, i: int, step: Step) -> Any:
         return moves.lower(self, i, step)
+
+
+def _every_second(y: View, x: View, row: int) -> tuple[View, View]:
+    """Of an image the rows that are number `row` of their pairs, ``[N, C, rows, W]``, and where they lie."""
+    n, c, h, w = x.shape
+    shape = (n, c, len(range(row, h, stems.ROWS)), w)
+    to = y.reshaped(shape, y.strides, y.offset + row * stems.CHANNELS)
+    return to, x.reshaped(shape, (*x.strides[:2], stems.ROWS * x.strides[2], x.strides[3]), x.offset + row * x.strides[2])
 
 
 def _same_order(x: View) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -41,7 +41,8 @@ class Operation:
 class Builder:
     """Collects operations; `time` counts the stretches between barriers, in which operations run side by side."""
 
-    def __init__(self) -> None:
+    def __init__(self, isa: int) -> None:
+        self.isa = isa
         self.operations: list[Operation] = []
         self.buffers: list[Buffer] = []
         self.time = 0
@@ -63,10 +64,17 @@ class Builder:
             self.buffers.append(buffer)
         buffer.use(self.time)
 
-    def add(self, kind: str, params: ctypes.Structure, refs: Sequence[tuple[library.Ref, View | None]], barrier: bool = True) -> Operation:
-        """Append an operation; each of `refs` is a reference in `params` and the view whose first element it points to, in addition
+    def add(
+        self,
+        kind: str,
+        ways: ctypes.Structure | Sequence[ctypes.Structure],
+        refs: Sequence[tuple[library.Ref, View | None]],
+        barrier: bool = True,
+    ) -> Operation:
+        """Append an operation; each of `refs` is a reference in a structure and the view whose first element it points to, in addition
         to the offset that the reference has already."""
-        operation = Operation(kind, [params], self.step, barrier)
+        ways = [ways] if isinstance(ways, ctypes.Structure) else list(ways)
+        operation = Operation(kind, ways, self.step, barrier)
         for ref, view in refs:
             if view is None:
                 ref.slot = -1

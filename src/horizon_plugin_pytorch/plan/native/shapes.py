@@ -179,6 +179,10 @@ def _function(plan: Plan, step: Step, value: Value, args: Any, kwargs: Any, reco
                 return _typed(plan, value, _pool(tuple(x.shape), dims, **named))
             if family == "adaptive_max_pool":
                 return _typed(plan, value, _adaptive_pool(tuple(x.shape), dims, named["output_size"]))
+    if isinstance(x, (tuple, list)) and all(isinstance(t, QTensor) for t in x) and value.scale is not None:
+        named = dict(zip(("tensors", "dim"), args, strict=False)) | kwargs
+        if step.target in ("torch.cat", "torch.concat") and isinstance(named.get("dim", 0), int):
+            return _typed(plan, value, _cat(*(tuple(t.shape) for t in x), dim=named.get("dim", 0)))
     if recorded and value.dtype != "host" and not (isinstance(x, QTensor) and value.scale is not None):
         return _typed(plan, value, value.shape)
     on_meta = tree_map(lambda a: META if isinstance(a, torch.device) else a, (args, kwargs))

@@ -27,7 +27,7 @@ Way = tuple[int, int, int, int, int]
 
 FORMAT = 1
 BUDGET = 1.5
-"""Seconds of measuring per program; operations that come after them keep the way that is usually good."""
+"""Seconds of measuring for one shape of inputs; operations that come after them keep the way that is usually good."""
 
 # Pixels per block (tiles of 16 for AMX) and tiles of 16 channels per block, per instruction set.
 _BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {
@@ -53,24 +53,26 @@ def apply(operation: Operation, way: Way) -> None:
 
 
 class Tuner:
-    """Chooses ways, for one instruction set and number of threads."""
+    """Chooses ways, for one instruction set and number of threads; after `until` (of `time.monotonic`) nothing more is measured."""
 
-    def __init__(self, isa: int, threads: int, cache: Cache) -> None:
-        self.isa, self.threads, self.cache = isa, threads, cache
+    def __init__(self, isa: int, threads: int, cache: Cache, until: float) -> None:
+        self.isa, self.threads, self.cache, self.until = isa, threads, cache, until
 
     def tune(self, operations: list[Operation], pointers: Any) -> None:
         """Choose for every convolution; `pointers` are slots with memory that the operations may overwrite."""
-        until = time.monotonic() + BUDGET
         for operation in operations:
             if operation.kind != "conv":
                 continue
             key = self._key(operation)
-            way = self.cache.get(key, len(operation.ways))
-            if way is None and time.monotonic() < until:
+            known = self.cache.get(key, (len(operation.ways), 64, 64, 2, 2))
+            if known is not None:
+                way: Way = (known[0], known[1], known[2], known[3], known[4])
+            elif time.monotonic() < self.until:
                 way = self._measure(operation, pointers)
                 self.cache.put(key, way)
-            apply(operation, way or usual(operation.params))
-        self.cache.write()
+            else:
+                way = usual(operation.params)
+            apply(operation, way)
 
     def _blocks(self, operation: Operation) -> list[Way]:
         """The sizes of blocks that the kernels have, and that the convolution's channels fill."""
@@ -135,15 +137,15 @@ class Cache:
     def _ways(self) -> dict[str, Any]:
         return self._all.setdefault(self.machine, {})
 
-    def get(self, key: str, structures: int) -> Way | None:
-        """The way of this key; None where there is none, or none that is valid."""
+    def get(self, key: str, limits: tuple[int, ...]) -> list[int] | None:
+        """The numbers of this key, each from 0 to below its limit; None where there are none, or none that are valid."""
         with self._lock:
             way = self._ways.get(key)
-        if not isinstance(way, list) or len(way) != 5 or not all(type(w) is int and 0 <= w < 64 for w in way):
+        if not isinstance(way, list) or len(way) != len(limits):
             return None
-        return (way[0], way[1], way[2], way[3], way[4]) if way[0] < structures and max(way[3:]) < 2 else None
+        return way if all(type(w) is int and 0 <= w < limit for w, limit in zip(way, limits, strict=True)) else None
 
-    def put(self, key: str, way: Way) -> None:
+    def put(self, key: str, way: tuple[int, ...]) -> None:
         with self._lock:
             self._ways[key] = list(way)
             self._new = True

@@ -1,0 +1,123 @@
+"""Large batches in parts that stay in the cache: whether a plan may be cut so, and which way of cutting is the fastest.
+
+Where every step computes each image for itself, a program for n images runs N / n times. Threads either share each operation, or take
+whole parts, each with an arena of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
+from horizon_plugin_pytorch.plan.native.shapes import call_of
+from horizon_plugin_pytorch.plan.program import Plan, PlanError, Step, refs
+
+_PARTS = (1, 4)
+_KEEP_FIRST = frozenset(
+    "relu dropout dropout1d dropout2d dropout3d contiguous clone detach pixel_shuffle pixel_unshuffle channel_shuffle".split()
+)
+_ROW_MAJOR = frozenset("flatten view reshape".split())
+
+
+class Split(NamedTuple):
+    """`images`: how many at a time; `apart`: each thread takes parts of its own."""
+
+    images: int
+    apart: bool
+
+
+def separable(plan: Plan, metas: Sequence[Any], images: int) -> bool:
+    """Whether every image of a batch, dimension 0 of all tensors, is computed by itself.
+
+    Args:
+        metas: the plan's values for a batch of `images`, from `shapes.infer`.
+    """
+    if not plan.inputs or any(x.dim() < 2 for x in metas[: len(plan.inputs)]):
+        return False
+    for value in metas:
+        if any(leaf.dim() < 1 or leaf.shape[0] != images for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
+            return False
+    tensors_out = all(not isinstance(metas[r.value], QTensor) for r in refs(plan.outputs))
+    return tensors_out and all(_each_by_itself(plan, i, s, metas) for i, s in enumerate(plan.steps))
+
+
+def _each_by_itself(plan: Plan, i: int, step: Step, metas: Sequence[Any]) -> bool:
+    result = metas[len(plan.inputs) + i]
+    operands = [metas[r.value] for r in refs((step.args, step.kwargs))]
+    if not isinstance(result, Tensor):  # sizes; those that are constants are found out when parts are lowered
+        return step.target in ("attribute", "method.size", "operator.getitem", "operator.floordiv", "operator.mul", "operator.add")
+    if step.kind == "group":
+        dims = step.params["geometry"]["dims"]
+        return result.dim() == dims + 2 if dims else result.dim() >= 2
+    if step.kind == "operator":
+        options = step.params["options"]
+        same_rank = all(x.dim() == result.dim() for x in operands)
+        return {
+            "Add": lambda: same_rank,
+            "Mul": lambda: same_rank,
+            "Cat": lambda: options["dim"] % result.dim() != 0,
+            "Mean": lambda: all(d % operands[0].dim() for d in options["dim"]),
+        }.get(step.params["name"], lambda: result.dim() == options["dims"] + 2)()
+    if step.kind != "function":
+        return True
+    name = step.target.rpartition(".")[2]
+    if name in _ROW_MAJOR:
+        return True  # both have the batch first, and the order of elements stays
+    if call_of(step.target, step.args, step.kwargs) is not None:
+        return result.dim() >= 3 and (name == "interpolate" or result.dim() == int(name[-2]) + 2)
+    if name == "cat":
+        dim = step.args[1] if len(step.args) > 1 else step.kwargs.get("dim", 0)
+        return isinstance(dim, int) and dim % result.dim() != 0
+    return name in _KEEP_FIRST and isinstance(operands[0], Tensor)
+
+
+def splits(images: int, threads: int) -> list[Split]:
+    """Ways to cut a batch that are worth a measurement, in the order they are tried; the last is not to."""
+    found = []
+    for n in _PARTS:
+        if images % n == 0 and images > n:
+            if images // n >= threads > 1:
+                found.append(Split(n, True))
+            if threads == 1 or n > 1:
+                found.append(Split(n, False))
+    return [*found, Split(images, False)]
+
+
+def choose(
+    candidates: Sequence[Split], build: Callable[[Split], Any], inputs: Sequence[Tensor], threads: int, until: float
+) -> tuple[Split, Any]:
+    """The split whose program runs the fastest on random data, and that program; no new one is tried after `until`."""
+    best: tuple[float, Split, Any] | None = None
+    data = [torch.randn_like(x) if x.is_floating_point() else x for x in inputs]
+    for split in candidates:
+        if best is not None and time.monotonic() > until:
+            break
+        try:
+            program = build(split)
+        except PlanError:
+            if split is candidates[-1]:
+                raise
+            continue  # a size that the model has as a constant
+        program(data, threads)
+        start = time.perf_counter()
+        program(data, threads)
+        seconds = time.perf_counter() - start
+        if best is None or seconds < best[0]:
+            best = seconds, split, program
+    assert best is not None
+    return best[1], best[2]
+
+
+def key(plan: Plan, isa: str, threads: int, inputs: Sequence[Tensor]) -> str:
+    """Of a plan with these inputs, for the file of measurements."""
+    shapes = [(tuple(x.shape), x.stride()) for x in inputs]
+    steps = [(s.kind, s.name, str(s.params.get("geometry"))) for s in plan.steps]
+    digest = hashlib.sha256(repr((steps, plan.int8_bytes, shapes)).encode()).hexdigest()[:32]
+    return f"batch {isa} {threads} {digest}"

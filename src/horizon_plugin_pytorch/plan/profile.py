@@ -1,0 +1,111 @@
+"""How long each step of a plan takes, where it stands among the others."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from horizon_plugin_pytorch.plan.program import Step, Value
+from horizon_plugin_pytorch.plan.runner import Runner, _plain_layout
+from horizon_plugin_pytorch.plan.steps import run_step
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step of a plan and the seconds it takes, the median of several runs.
+
+    Attributes:
+        native: whether the backend's own kernels run it; otherwise PyTorch does.
+    """
+
+    step: Step
+    result: Value
+    seconds: float
+    native: bool
+
+
+def profile(runner: Runner, *inputs: Tensor, repeats: int = 10) -> list[StepTime]:
+    """Run `runner` on `inputs` and time every step of its plan.
+
+    A step that costs nothing by itself (a view, or one that its neighbour's kernel does in passing) has 0 seconds. Kernels are timed one
+    after the other with a wait behind each, so that the sum is a little more than a run takes.
+
+    Raises:
+        PlanError: the inputs do not fit the plan.
+        ValueError: `repeats` is less than 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, not {repeats}")
+    runner(*inputs)  # what is made once is made now
+    inputs = tuple(map(_plain_layout, inputs))
+    runs = [_native(runner, inputs) if runner.backend == "cpu" else _reference(runner, inputs) for _ in range(repeats)]
+    plan = runner.plan
+    return [
+        StepTime(step, plan.result(i), median(seconds[i] for seconds, _ in runs), i in runs[0][1])
+        for i, step in enumerate(plan.steps)
+    ]
+
+
+Run = tuple[list[float], set[int]]
+"""Seconds of each step, and the steps that kernels of the backend run."""
+
+
+def _reference(runner: Runner, inputs: Sequence[Tensor]) -> Run:
+    values: list[Any] = list(inputs)
+    constants = runner.plan.constants
+    seconds = []
+    with torch.no_grad():
+        for step in runner.plan.steps:
+            start = time.perf_counter()
+            values.append(run_step(step, values.__getitem__, constants))
+            seconds.append(time.perf_counter() - start)
+    return seconds, set()
+
+
+def _native(runner: Runner, inputs: Sequence[Tensor]) -> Run:
+    from horizon_plugin_pytorch.plan.native.execution import NativeProgram
+
+    class Timed(NativeProgram):
+        """A native program that notes how long each operation took."""
+
+        def __init__(self, program: NativeProgram) -> None:
+            self.__dict__ |= program.__dict__
+            self.seconds = [0.0] * len(self.plan.steps)
+            self.done = 0  # operations
+
+        def _native(self, program: Any, pointers: Any, threads: int, state: Any) -> None:
+            from horizon_plugin_pytorch.backends.cpu import library
+
+            each = (ctypes.c_double * program.count)()
+            run = library.load().hz_profile
+            run.argtypes = [
+                ctypes.POINTER(library.Program),
+                ctypes.c_void_p,
+                ctypes.c_int,
+                ctypes.c_int,
+                ctypes.c_void_p,
+            ]
+            code = run(ctypes.byref(program), pointers, threads, self.isa, each)
+            assert code == 0  # it ran before, with these threads
+            for operation, taken in zip(self.lowered.builder.operations[self.done :], each, strict=False):
+                self.seconds[operation.step] += taken
+            self.done += program.count
+
+        def _in_torch(self, step: Any, *rest: Any) -> None:
+            start = time.perf_counter()
+            super()._in_torch(step, *rest)
+            self.seconds[step.index] = time.perf_counter() - start
+
+    assert runner._native is not None
+    with torch.no_grad():
+        threads = runner.threads or torch.get_num_threads()
+        timed = Timed(runner._native.program(list(inputs), threads))
+        timed(list(inputs), threads)
+    return timed.seconds, set(range(len(runner.plan.steps))) - set(timed.steps_in_torch)

@@ -1,0 +1,137 @@
+"""Choosing how convolutions are done: no choice changes a result, and what was measured is found again."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from horizon_plugin_pytorch.backends.cpu import library
+from horizon_plugin_pytorch.nn.quantized.group import Geometry
+from horizon_plugin_pytorch.plan import Plan
+from horizon_plugin_pytorch.plan.native import batches, tuning
+from horizon_plugin_pytorch.plan.native.batches import Split
+from horizon_plugin_pytorch.plan.native.constants import Constants
+from horizon_plugin_pytorch.plan.native.execution import NativeProgram, compile_for
+from horizon_plugin_pytorch.plan.program import PlanError
+from plan.native import plans
+
+pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="the CPU kernels were not built")
+ISAS = range(library.best_isa() + 1) if library.why_not() is None else range(1)
+
+
+def network(batch: int = 1) -> tuple[Plan, torch.Tensor]:
+    """A stem, a 3×3 and a float output, with channels that fill no tile."""
+    shape = (batch, 3, 29, 31)
+    of = lambda n: (n, n)  # noqa: E731
+    made = plans.Maker(x=shape)
+
+    def conv(x: object, into: int, out: int, stride: int, **more: object) -> object:
+        weight = torch.randint(-127, 128, (out, into, 3, 3), dtype=torch.int8)
+        return made.group(x, Geometry(2, False, of(3), of(stride), of(1), of(1), of(0)), weight, **more)  # type: ignore[arg-type]
+
+    x = conv(made.quantize(0, "int8"), 3, 40, 2, dtype="uint8", activation="relu")
+    y = conv(x, 40, 40, 1, residual=x, scale=torch.tensor(0.05))
+    return made.plan(conv(y, 40, 150, 1, dtype=None)), plans.integers(shape, "int8")
+
+
+def test_every_way_gives_the_same() -> None:
+    plan, x = network()
+    expected = plans.reference(plan, x)
+    for isa in ISAS:
+        blocks = tuning._BLOCKS[library.ISAS[isa]]
+        for rows, columns in [*blocks, (3, 3), (64, 64)]:
+            for by_channels, inside in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                program = plans.program(plan, x, isa=isa)
+                for operation in program.lowered.builder.operations:
+                    if operation.kind == "conv":
+                        tuning.apply(operation, (len(operation.ways) - 1, rows, columns, by_channels, inside))
+                for threads in (1, 2):
+                    assert plans.differing(expected, program((x,), threads)) == 0
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_measurements_are_found_again(tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, x = network(batch)
+    isa = library.best_isa()
+    first = compile_for(plan, Constants(plan), (x,), isa, 2, tuning.Cache(tmp_path / "ways.json"))
+    assert plans.differing(plans.reference(plan, x), first((x,), 2)) == 0
+    stored = json.loads((tmp_path / "ways.json").read_text())
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(tuning.Tuner, "_measure", refuse)
+    monkeypatch.setattr(batches, "choose", refuse)
+    again = compile_for(plan, Constants(plan), (x,), isa, 2, tuning.Cache(tmp_path / "ways.json"))
+    ways = [[(o.params.rows, o.params.columns) for o in p.lowered.builder.operations if o.kind == "conv"] for p in (first, again)]
+    assert ways[0] == ways[1] and first.split == again.split
+    assert json.loads((tmp_path / "ways.json").read_text()) == stored
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"cpu": 3}', "\x00\xff", "[" * 100_000])
+def test_a_damaged_file_is_written_anew(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "ways.json"
+    path.write_text(content, encoding="latin-1")
+    cache = tuning.Cache(path)
+    assert cache.note is not None and str(path) in cache.note
+    cache.put("key", (1, 2))
+    cache.write()
+    assert tuning.Cache(path).get("key", (5, 5)) == [1, 2]
+    assert tuning.Cache(path).note is None
+
+
+def test_numbers_out_of_range_are_no_ways(tmp_path: Path) -> None:
+    path = tmp_path / "ways.json"
+    for wrong in ([1], [1, 9], [1, -1], [1, "1"], [1, True], {"a": 1}, None):
+        path.write_text(json.dumps({tuning._machine(): {"key": wrong}}))
+        assert tuning.Cache(path).get("key", (5, 5)) is None
+
+
+def test_a_folder_that_cannot_be_written_is_noted(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache = tuning.Cache(tmp_path / "file" / "ways.json")
+    cache.put("key", (1, 2))
+    cache.write()
+    assert cache.note is not None and "not kept" in cache.note
+    assert cache.get("key", (5, 5)) == [1, 2]
+
+
+def test_measuring_ends_in_time(tmp_path: Path) -> None:
+    plan, x = network()
+    cache = tuning.Cache(tmp_path / "ways.json")
+    NativeProgram(plan, Constants(plan), (x,), 0, tuning.Tuner(0, 1, cache, time.monotonic() - 1))
+    assert not (tmp_path / "ways.json").exists() and not cache._ways
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("images", [1, 2, 3, 6])
+def test_parts_of_a_batch(apart: bool, images: int) -> None:
+    plan, x = network(6)
+    expected = plans.reference(plan, x)
+    for isa in ISAS:
+        for threads in (1, 2, 4):
+            program = NativeProgram(plan, Constants(plan), (x,), isa, split=Split(images, apart))
+            for layout in (torch.contiguous_format, torch.channels_last):
+                laid = x.contiguous(memory_format=layout)
+                program = NativeProgram(plan, Constants(plan), (laid,), isa, split=Split(images, apart))
+                assert plans.differing(expected, program((laid,), threads)) == 0
+
+
+def test_what_mixes_images_is_not_cut() -> None:
+    shape = (4, 8, 5, 5)
+    of = lambda n: (n, n)  # noqa: E731
+    made = plans.Maker(x=shape)
+    x = made.quantize(0, "int8")
+    rolled = made.function("torch.roll", x, 1, 0, of=x)
+    weight = torch.randint(-127, 128, (4, 8, 1, 1), dtype=torch.int8)
+    plan = made.plan(made.group(rolled, Geometry(2, False, of(1), of(1), of(0), of(1), of(0)), weight, dtype=None))
+    data = plans.integers(shape, "int8")
+    with pytest.raises(PlanError, match="each image"):
+        NativeProgram(plan, Constants(plan), (data,), 0, split=Split(2, False))
+    program = compile_for(plan, Constants(plan), (data,), 0, 1, tuning.Cache(Path("/nonexistent/ways.json")))
+    assert program.iterations == 1
+    assert plans.differing(plans.reference(plan, data), program((data,), 1)) == 0
