@@ -14,10 +14,10 @@ ready = $(VENV)/.ready-$(1)
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-demo: $(call ready,demo) ## fuse a trained face detector and write demo.png
+demo: $(call ready,demo) ## quantize a trained face detector, run it and write demo.png
 	$(BIN)/horizon demo
 
-test: lint ## check style and types, then run the tests
+test: lint test-native ## check style and types, then run all tests
 	$(BIN)/python -m pytest -n $(JOBS)
 
 # The kernels' own program, as shipped and under sanitizers: `sanitizers:programs` (none, address and undefined, thread).

@@ -357,7 +357,25 @@ def environment(threads: int, isa: str | None) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(threads), **cap}
 
 
-def prepare(name: str, work: Work) -> None:
-    """Import what a candidate imports, and make its files, so that neither counts as its memory."""
-    if name.startswith("ours"):
-        horizon.plan.load(work.made("plan.safetensors", work._save_plan)).compile("cpu")
+def prepare(name: str, work: Work) -> bool:
+    """Import what a candidate imports and make its files, so that neither counts as its memory; whether there was something to make."""
+    before = set(work.folder.glob("*"))
+    if name in (OURS, UNFUSED):
+        from horizon_plugin_pytorch.plan.native import execution  # noqa: F401
+
+        work.made("plan.safetensors", work._save_plan)
+        if name == UNFUSED:
+            work.made("unfused.safetensors", work._save_unfused_plan)
+    elif name.startswith("ONNX"):
+        import onnxruntime  # noqa: F401
+
+        _onnx_int8(work)
+    elif name.startswith("OpenVINO"):
+        import openvino  # noqa: F401
+
+        openvino_files(work)
+    elif name.startswith("torch.compile") or name == "torchao PT2E int8":
+        import torch._inductor.compile_fx  # noqa: F401
+    elif work.network is not None:
+        import torchvision  # noqa: F401
+    return set(work.folder.glob("*")) != before

@@ -127,7 +127,9 @@ template <class Each> void run(const hz_pool &p, Slots slots, Part part, const E
 
 void max_pool(const hz_pool &p, Slots slots, Part part) {
   auto *kernel = p.in.dtype == HZ_S8 ? pools::greatest<HZ_S8> : pools::greatest<HZ_U8>;
-  pools::run(p, slots, part, [&](const pools::Window &w, uint8_t *out, int64_t, int64_t begin, int64_t end) { kernel(w, out, begin, end); });
+  pools::run(p, slots, part, [&](const pools::Window &w, uint8_t *out, int64_t, int64_t begin, int64_t end) {
+    kernel(w, out, begin, end);
+  });
 }
 
 void avg_pool(const hz_pool &p, Slots slots, Part part) {

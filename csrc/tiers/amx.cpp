@@ -121,7 +121,7 @@ void copy_tile(const hz_conv &c, const uint8_t *in, const int32_t *pixel, uint8_
 
 void conv(const hz_conv &c, Slots slots, Part part) {
   const int tiles = (c.channels + 15) / 16;
-  int n = c.block_offset ? 1 : std::min(c.columns > 0 ? c.columns : 4, tiles), r = c.rows > 0 ? c.rows : 1;
+  int n = c.block_offset ? 1 : std::min({c.columns > 0 ? c.columns : 4, 4, tiles}), r = c.rows > 0 ? c.rows : 1;
   const auto choose = c.in.dtype == HZ_S8 ? products_of<true> : products_of<false>;
   r = std::min(r, 4);
   while (r > 1 && !choose(r, n)) --r;

@@ -100,7 +100,7 @@ template <bool SIGNED> Products products_of(int p, int n) {
 void conv(const hz_conv &c, Slots slots, Part part) {
   const int tiles = (c.channels + 15) / 16;
   const bool is_signed = c.in.dtype == HZ_S8;
-  int n = c.block_offset ? 1 : std::min(c.columns > 0 ? c.columns : 4, tiles);
+  int n = c.block_offset ? 1 : std::min({c.columns > 0 ? c.columns : 4, 4, tiles});
   const auto choose = is_signed ? products_of<true> : products_of<false>;
   static constexpr int largest[] = {0, 14, 12, 8, 6};
   int p = c.rows;

@@ -128,7 +128,9 @@ def test_bench_lists_as_many_steps_as_asked_and_has_no_float_beside_a_plan(horiz
         (("net.safetensors", "--backend", "gpu"), "backend 'gpu' is not available"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(horizon: Any, command: str, arguments: tuple[str, ...], message: str) -> None:
+def test_what_is_wrong_is_said_in_one_line(
+    horizon: Any, command: str, arguments: tuple[str, ...], message: str
+) -> None:
     result = horizon(command, *arguments)
     assert result.exit_code == 2, result.output
     assert message in result.stderr

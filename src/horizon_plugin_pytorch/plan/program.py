@@ -134,8 +134,9 @@ class Plan:
         """A callable that runs the plan.
 
         Args:
-            backend: ``reference``, or ``auto`` for the fastest there is.
-            threads: how many threads PyTorch uses while it runs; None: as many as it is set to.
+            backend: ``cpu`` for the native kernels, ``reference`` for PyTorch, or ``auto``: the kernels where they were built and the
+                inputs are on the CPU, otherwise the reference; `Runner.report` says which, and why.
+            threads: how many threads it uses; None: as many as PyTorch is set to.
 
         Raises:
             PlanError: no such backend here.

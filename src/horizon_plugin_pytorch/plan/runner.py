@@ -79,7 +79,9 @@ class Runner:
                     with _threads(self.threads):
                         return self._native.run(values, self.threads or torch.get_num_threads())
                 if not self._auto:
-                    raise PlanError(f"backend 'cpu' runs tensors on the CPU; the inputs are on {device}: compile with 'reference'")
+                    raise PlanError(
+                        f"backend 'cpu' runs tensors on the CPU; the inputs are on {device}: compile with 'reference'"
+                    )
             with _threads(self.threads):
                 return self._reference(values, device)
 
@@ -140,9 +142,7 @@ class _Native:
         key = (*((tuple(x.shape), x.stride()) for x in inputs), threads)
         with self._lock:
             if key not in self._programs:
-                self._programs[key] = compile_for(
-                    self.plan, self.constants, inputs, self.isa, threads, self.cache
-                )
+                self._programs[key] = compile_for(self.plan, self.constants, inputs, self.isa, threads, self.cache)
                 while len(self._programs) > _KEPT_SHAPES:
                     self._programs.popitem(last=False)
             self._programs.move_to_end(key)

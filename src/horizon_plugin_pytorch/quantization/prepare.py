@@ -41,7 +41,8 @@ def prepare_qat(
     Args:
         mapping: for a float type, ``make(module, qconfig)`` of its QAT form; overrides the built-in forms.
         inplace: change `model` itself; otherwise a copy is prepared and returned.
-        optimize_graph, optimize_kwargs: no effect: operands of cat keep their own scales here at no cost.
+        optimize_graph: no effect: operands of cat keep their own scales here at no cost.
+        optimize_kwargs: no effect, likewise.
         hybrid: no effect: a module without an integer form always runs in float.
 
     Raises:
@@ -136,7 +137,8 @@ def prepare_qat_fx(
             global, None leaves a module in float. Names are those of the float model.
         prepare_custom_config_dict: accepted for compatibility; ``preserved_attributes`` is not needed, all are preserved.
         optimize_graph: no effect, see `prepare_qat`.
-        hybrid, hybrid_dict: ``{"module_type": [...], "module_name": [...]}`` of modules to leave in float.
+        hybrid: no effect, see `prepare_qat`.
+        hybrid_dict: ``{"module_type": [...], "module_name": [...]}`` of modules to leave in float.
         example_inputs: as for `fuse_fx`.
 
     Returns:

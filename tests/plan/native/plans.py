@@ -64,7 +64,9 @@ class Maker:
             "weight": self.constant(weight),
             "bias": self.constant(torch.randint(-3000, 3000, (channels,), dtype=torch.int32)),
             "m": self.constant((torch.rand(channels) + 0.5) * spread / (80 * terms**0.5)),
-            "bound": self.constant(torch.tensor(90.3) if scale is None else torch.full((channels,), 90.3) + torch.rand(channels)),
+            "bound": self.constant(
+                torch.tensor(90.3) if scale is None else torch.full((channels,), 90.3) + torch.rand(channels)
+            ),
         }
         if residual is not None:
             params["residual_ratio"] = self.constant(torch.tensor(0.7303))
@@ -86,7 +88,9 @@ class Maker:
         """`of`: the value whose integers it moves; None for a float or host result."""
         v = None if of is None else self.values[of.value]
         step = Step("function", f"{target}{len(self.steps)}", args, kwargs, target)
-        return self.add(step, "float32" if v is None else v.dtype, None if v is None or v.scale is None else Const(v.scale))
+        return self.add(
+            step, "float32" if v is None else v.dtype, None if v is None or v.scale is None else Const(v.scale)
+        )
 
     def plan(self, outputs: Any) -> Plan:
         return Plan("Made", self.inputs, tuple(self.values), tuple(self.steps), outputs, self.constants)

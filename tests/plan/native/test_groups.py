@@ -68,7 +68,9 @@ def cases(draw: st.DrawFn) -> Case:
             mode, padding = special, tuple(draw(st.integers(0, 2)) for _ in range(dims))
     size = tuple(
         max(n, r + 1, 3) + (1 if not isinstance(padding, str) and p == 0 else 0)
-        for n, r, p in zip(of(1, 9 if dims < 3 else 4), reach, padding if not isinstance(padding, str) else reach, strict=True)
+        for n, r, p in zip(
+            of(1, 9 if dims < 3 else 4), reach, padding if not isinstance(padding, str) else reach, strict=True
+        )
     )
     if transposed:
         assert not isinstance(padding, str)
@@ -98,7 +100,14 @@ def check(case: Case) -> None:
         r = made.quantize(1, case.residual)
     scale = torch.rand(out) + 0.5 if case.per_channel and case.out_dtype else None
     y = made.group(
-        x, geometry, weight, residual=r, activation=case.activation, dtype=case.out_dtype, spread=case.spread, scale=scale
+        x,
+        geometry,
+        weight,
+        residual=r,
+        activation=case.activation,
+        dtype=case.out_dtype,
+        spread=case.spread,
+        scale=scale,
     )
     plan = made.plan(y)
     expected = plans.reference(plan, *inputs)
@@ -115,7 +124,9 @@ def test_groups(case: Case) -> None:
     check(case)
 
 
-def conv(dims: int, kernel: int, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1, **more: object) -> Geometry:
+def conv(
+    dims: int, kernel: int, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1, **more: object
+) -> Geometry:
     of = lambda n: (n,) * dims  # noqa: E731
     return Geometry(dims, False, of(kernel), of(stride), of(padding), of(dilation), of(0), groups)
 
@@ -153,5 +164,9 @@ KNOWN = {
 @pytest.mark.parametrize("residual", [None, "int8"])
 def test_known_layers(name: str, residual: str | None) -> None:
     geometry, shape, channels = KNOWN[name]
-    for in_dtype, out_dtype, activation in (("uint8", "uint8", "relu"), ("int8", "int8", None), ("int8", None, "relu6")):
+    for in_dtype, out_dtype, activation in (
+        ("uint8", "uint8", "relu"),
+        ("int8", "int8", None),
+        ("int8", None, "relu6"),
+    ):
         check(Case(geometry, shape, channels, in_dtype, out_dtype, activation, residual, 1.0, False, 0))

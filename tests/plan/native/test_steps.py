@@ -41,7 +41,9 @@ def conv(channels: int, into: int, kernel: int = 3, padding: int = 1) -> tuple[G
 @given(st.data())
 def test_add_and_mul(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 5, 16, 33]), min_size=1, max_size=5)))
-    other = tuple(1 if data.draw(st.integers(0, 3)) == 0 else n for n in shape)[data.draw(st.integers(0, len(shape) - 1)) :]
+    other = tuple(1 if data.draw(st.integers(0, 3)) == 0 else n for n in shape)[
+        data.draw(st.integers(0, len(shape) - 1)) :
+    ]
     a, b, y = (data.draw(dtypes) for _ in range(3))
     made = plans.Maker(a=shape, b=other)
     first, second = made.quantize(0, a, 0.5), made.quantize(1, b, 0.75)
@@ -85,7 +87,12 @@ def test_cat_between_convolutions_is_written_in_place() -> None:
     y = made.group(both, *conv(16, 32, 5, 2))
     check(made, (y, both), plans.integers((2, 8, 9, 9), "int8"))
     program = plans.program(made.plan(y), plans.integers((2, 8, 9, 9), "int8"))
-    assert [o.kind for o in program.lowered.builder.operations if o.kind != "zero"] == ["quantize", "conv", "conv", "conv"]
+    assert [o.kind for o in program.lowered.builder.operations if o.kind != "zero"] == [
+        "quantize",
+        "conv",
+        "conv",
+        "conv",
+    ]
 
 
 @settings(max_examples=60)
@@ -107,7 +114,14 @@ def test_pools(data: st.DataObject) -> None:
     largest = made.function(f"torch.nn.functional.max_pool{dims}d", x, of=x, **call)
     override = data.draw(st.sampled_from([None, 3])) if dims > 1 else None
     average = made.operator(
-        "AvgPool", (x,), b, 0.8, dims=dims, count_include_pad=data.draw(st.booleans()), divisor_override=override, **call
+        "AvgPool",
+        (x,),
+        b,
+        0.8,
+        dims=dims,
+        count_include_pad=data.draw(st.booleans()),
+        divisor_override=override,
+        **call,
     )
     parts = tuple(data.draw(st.integers(1, n + 2)) for n in size)
     adaptive = made.operator("AdaptiveAvgPool", (x,), b, 0.8, dims=dims, output_size=parts)
@@ -139,7 +153,9 @@ def test_table_and_relu(dtype: str) -> None:
     made = plans.Maker(x=shape)
     x = made.quantize(0, dtype)
     scale = torch.tensor(0.1)
-    table = reference.lookup_table(torch.nn.functional.hardswish, torch.tensor(0.05), getattr(torch, dtype), scale, torch.int8)
+    table = reference.lookup_table(
+        torch.nn.functional.hardswish, torch.tensor(0.05), getattr(torch, dtype), scale, torch.int8
+    )
     params = {"table": made.constant(table), "scale": made.constant(scale), "dtype": "int8"}
     y = made.add(Step("table", "hardswish", (x,), params=params), "int8", params["scale"])
     check(made, (y, made.function("torch.relu", y, of=y)), plans.integers(shape, dtype))
@@ -215,7 +231,9 @@ def test_floats_between_integers_run_in_pytorch() -> None:
 def test_scales_per_channel_through_a_depthwise_group() -> None:
     shape = (2, 3, 9, 9)
     made = plans.Maker(x=shape)
-    wide = made.group(made.quantize(0, "int8"), *conv(24, 3), scale=torch.rand(24) + 0.5, dtype="uint8", activation="relu6")
+    wide = made.group(
+        made.quantize(0, "int8"), *conv(24, 3), scale=torch.rand(24) + 0.5, dtype="uint8", activation="relu6"
+    )
     geometry = Geometry(2, False, (3, 3), (2, 2), (1, 1), (1, 1), (0, 0), 24)
     y = made.group(wide, geometry, torch.randint(-127, 128, (24, 1, 3, 3), dtype=torch.int8))
     check(made, (y, made.add(Step("dequantize", "wide", (wide,)), "float32")), plans.integers(shape, "int8"))

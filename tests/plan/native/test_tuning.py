@@ -43,7 +43,7 @@ def test_every_way_gives_the_same() -> None:
     expected = plans.reference(plan, x)
     for isa in ISAS:
         blocks = tuning._BLOCKS[library.ISAS[isa]]
-        for rows, columns in [*blocks, (3, 3), (64, 64)]:
+        for rows, columns in [*blocks, (3, 3), (2, 4), (13, 1)]:
             for by_channels, inside in ((0, 0), (0, 1), (1, 0), (1, 1)):
                 program = plans.program(plan, x, isa=isa)
                 for operation in program.lowered.builder.operations:
@@ -67,7 +67,10 @@ def test_measurements_are_found_again(tmp_path: Path, batch: int, monkeypatch: p
     monkeypatch.setattr(tuning.Tuner, "_measure", refuse)
     monkeypatch.setattr(batches, "choose", refuse)
     again = compile_for(plan, Constants(plan), (x,), isa, 2, tuning.Cache(tmp_path / "ways.json"))
-    ways = [[(o.params.rows, o.params.columns) for o in p.lowered.builder.operations if o.kind == "conv"] for p in (first, again)]
+    ways = [
+        [(o.params.rows, o.params.columns) for o in p.lowered.builder.operations if o.kind == "conv"]
+        for p in (first, again)
+    ]
     assert ways[0] == ways[1] and first.split == again.split
     assert json.loads((tmp_path / "ways.json").read_text()) == stored
 
@@ -89,6 +92,17 @@ def test_numbers_out_of_range_are_no_ways(tmp_path: Path) -> None:
     for wrong in ([1], [1, 9], [1, -1], [1, "1"], [1, True], {"a": 1}, None):
         path.write_text(json.dumps({tuning._machine(): {"key": wrong}}))
         assert tuning.Cache(path).get("key", (5, 5)) is None
+
+
+def test_ways_that_the_kernels_do_not_have_are_not_taken(tmp_path: Path) -> None:
+    plan, x = network()
+    isa = library.best_isa()
+    compile_for(plan, Constants(plan), (x,), isa, 1, tuning.Cache(tmp_path / "ways.json"))
+    stored = json.loads((tmp_path / "ways.json").read_text())
+    stored[tuning._machine()] = {key: [0, 63, 63, 0, 0] for key in stored[tuning._machine()]}
+    (tmp_path / "ways.json").write_text(json.dumps(stored))
+    program = compile_for(plan, Constants(plan), (x,), isa, 1, tuning.Cache(tmp_path / "ways.json"))
+    assert plans.differing(plans.reference(plan, x), program((x,), 1)) == 0
 
 
 def test_a_folder_that_cannot_be_written_is_noted(tmp_path: Path) -> None:

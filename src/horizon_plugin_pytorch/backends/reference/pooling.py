@@ -168,9 +168,7 @@ def places(lengths: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _average(
-    x_q: Tensor, found: Sequence[Windows], n: Tensor, s_x: Tensor, s_y: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _average(x_q: Tensor, found: Sequence[Windows], n: Tensor, s_x: Tensor, s_y: Tensor, dtype: torch.dtype) -> Tensor:
     lo, hi = integer_range(x_q.dtype)
     largest = prod(int((w.stop - w.start).max()) for w in found) * max(-lo, hi)
     # Differences of running sums: exact in integers, where those may wrap around as long as the difference fits.

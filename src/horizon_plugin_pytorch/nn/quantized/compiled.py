@@ -45,11 +45,14 @@ def call(
 
 def _module(number: int) -> MakesIntegers:
     if number not in MakesIntegers.numbered:
-        raise QuantizationError("a compiled graph calls a module of a converted model that is gone: compile the model again")
+        raise QuantizationError(
+            "a compiled graph calls a module of a converted model that is gone: compile the model again"
+        )
     return MakesIntegers.numbered[number]
 
 
-def _quantized_module(
+@torch.library.custom_op("horizon::quantized_module", mutates_args=())
+def quantized_module(
     xs: Sequence[Tensor],
     scales: Sequence[Tensor | None],
     module: int,
@@ -57,18 +60,29 @@ def _quantized_module(
     sizes: Sequence[int],
     number: float | None,
 ) -> Tensor:
+    """A method of a converted module, as without a compiler.
+
+    Args:
+        xs: integers, and floats.
+        scales: of `xs`; None for floats.
+        module, method: the module's number, and the name.
+        sizes, number: what else the method takes.
+
+    Returns:
+        integers, or floats where the module has no scale; contiguous.
+
+    Raises:
+        QuantizationError: what the module raises; or there is no module of that number.
+    """
     inputs = [x if s is None else QTensor.make(x.detach(), s, x.dtype) for x, s in zip(xs, scales, strict=True)]
     y = _module(module).uncompiled(method, inputs, sizes, number)
-    y = y.payload if isinstance(y, QTensor) else y
-    # an output of an operator is a tensor of its own, laid out as its graph expects
-    return y.contiguous() if y.untyped_storage().data_ptr() not in _storages(xs) else y.clone().contiguous()
+    y = (y.payload if isinstance(y, QTensor) else y).contiguous()
+    # an output of an operator is a tensor of its own
+    return y.clone() if any(y.data_ptr() == x.data_ptr() for x in xs) else y
 
 
-def _storages(xs: Sequence[Tensor]) -> set[int]:
-    return {x.untyped_storage().data_ptr() for x in xs}
-
-
-def _shape(
+@quantized_module.register_fake
+def _(
     xs: Sequence[Tensor],
     scales: Sequence[Tensor | None],
     module: int,
@@ -79,11 +93,3 @@ def _shape(
     owner = _module(module)
     y = owner.float_form(method, [x.to(torch.float32) for x in xs], sizes)
     return xs[0].new_empty(y.shape, dtype=torch.float32 if owner.scale is None else owner.dtype8)
-
-
-torch.library.define(
-    "horizon::quantized_module",
-    "(Tensor[] xs, Tensor?[] scales, int module, str method, SymInt[] sizes, float? number) -> Tensor",
-)
-torch.library.impl("horizon::quantized_module", "CompositeExplicitAutograd")(_quantized_module)
-torch.library.register_fake("horizon::quantized_module")(_shape)

@@ -129,7 +129,8 @@ def _in_float(func: Any, args: Any, kwargs: Any) -> Any:
 
     def convert(x: Any) -> Any:
         if isinstance(x, QTensor):
-            x.float_calls[_name(func)] += 1
+            if not torch.compiler.is_compiling():
+                x.float_calls[_name(func)] += 1
             return x.dequantize()
         return x
 
@@ -149,6 +150,8 @@ _IN_PLACE = {
 
 def _refuse_in_place(func: Any, args: Any, kwargs: Any) -> None:
     """Changes of a QTensor's values would go to the dequantized copy and be lost."""
+    if torch.compiler.is_compiling():
+        return  # names of functions cannot be looked at there; the model was calibrated, and would have been refused then
     name = getattr(func, "__name__", "")
     changed: list[Any] = [kwargs.get("out")]
     if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):

@@ -16,9 +16,7 @@ def place(buffers: Iterable[Buffer]) -> int:
     placed: list[Buffer] = []
     total = 0
     for buffer in sorted(buffers, key=lambda b: (-b.bytes, b.begin)):
-        rivals = sorted(
-            (b for b in placed if b.begin <= buffer.end and buffer.begin <= b.end), key=lambda b: b.offset
-        )
+        rivals = sorted((b for b in placed if b.begin <= buffer.end and buffer.begin <= b.end), key=lambda b: b.offset)
         offset = 0
         for rival in rivals:
             if offset + buffer.bytes <= rival.offset:

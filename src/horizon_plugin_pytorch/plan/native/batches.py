@@ -52,7 +52,14 @@ def _each_by_itself(plan: Plan, i: int, step: Step, metas: Sequence[Any]) -> boo
     result = metas[len(plan.inputs) + i]
     operands = [metas[r.value] for r in refs((step.args, step.kwargs))]
     if not isinstance(result, Tensor):  # sizes; those that are constants are found out when parts are lowered
-        return step.target in ("attribute", "method.size", "operator.getitem", "operator.floordiv", "operator.mul", "operator.add")
+        return step.target in (
+            "attribute",
+            "method.size",
+            "operator.getitem",
+            "operator.floordiv",
+            "operator.mul",
+            "operator.add",
+        )
     if step.kind == "group":
         dims = step.params["geometry"]["dims"]
         return result.dim() == dims + 2 if dims else result.dim() >= 2

@@ -138,9 +138,7 @@ def table_bytes(table: Tensor) -> Tensor:
     return table.contiguous().view(torch.uint8)
 
 
-def step_offsets(
-    weights: packing.ConvWeights, walks: tuple[Walk, ...], strides: tuple[int, ...]
-) -> packing.Int32s:
+def step_offsets(weights: packing.ConvWeights, walks: tuple[Walk, ...], strides: tuple[int, ...]) -> packing.Int32s:
     """For each step along the sum, its distance in bytes from the window's corner at delta 0."""
     taps = np.zeros(1, dtype=np.int64)
     for walk, stride in zip(walks, strides, strict=True):

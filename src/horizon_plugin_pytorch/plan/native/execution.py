@@ -172,11 +172,17 @@ class NativeProgram:
             raise PlanError(f"an input of {self.plan.model} holds NaN, which has no integer")
 
     def _in_torch(
-        self, step: TorchStep, value: Any, values: dict[int, Any], tensors: list[Tensor | None], pointers: Any, state: _State
+        self,
+        step: TorchStep,
+        value: Any,
+        values: dict[int, Any],
+        tensors: list[Tensor | None],
+        pointers: Any,
+        state: _State,
     ) -> None:
         what = self.plan.steps[step.index]
         try:
-            result = run_step(what, value, self.plan.constants)
+            result = run_step(what, lambda n: tree_map(_contiguous, value(n)), self.plan.constants)
         except Exception as error:
             raise PlanError(f"step {step.index} ({what.name!r}, {what.target or what.kind}): {error}") from error
         result = tree_map(lambda leaf: self._detached(leaf, state), result)
@@ -246,6 +252,13 @@ def compile_for(
         program.tune(tuner(split, tuning.BUDGET / 2), inputs)
     cache.write()
     return program
+
+
+def _contiguous(value: Any) -> Any:
+    """What PyTorch computes in float depends on the layout in its last bits; it gets the one that the reference has."""
+    if not isinstance(value, Tensor) or value.is_contiguous():
+        return value
+    return value.like(value.payload.contiguous()) if isinstance(value, QTensor) else value.contiguous()
 
 
 def _tensor(view: View, arena: Tensor) -> Tensor:

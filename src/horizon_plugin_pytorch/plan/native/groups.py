@@ -32,7 +32,9 @@ class Operands:
     """For an input whose rows lie in pairs, see `stems`: the zeros that its kernel has above it."""
 
 
-def emit(builder: Builder, constants: Constants, step: Step, walks: tuple[Walk, ...], operands: Operands, barrier: bool) -> None:
+def emit(
+    builder: Builder, constants: Constants, step: Step, walks: tuple[Walk, ...], operands: Operands, barrier: bool
+) -> None:
     """Append the operation for one phase of a group."""
     geometry = Geometry(**step.params["geometry"])
     channels = operands.x.shape[1]
@@ -59,7 +61,9 @@ def _along(view: View | None, walks: tuple[Walk, ...]) -> tuple[int, tuple[int, 
     return start, tuple(w.every * s for w, s in zip(walks, strides, strict=True))
 
 
-def _conv(builder: Builder, constants: Constants, step: Step, walks: tuple[Walk, ...], operands: Operands, barrier: bool) -> None:
+def _conv(
+    builder: Builder, constants: Constants, step: Step, walks: tuple[Walk, ...], operands: Operands, barrier: bool
+) -> None:
     x, y, residual = operands.x, operands.y, operands.residual
     compact = bool(walks) and x.strides[-1] == x.shape[1] and walks[-1].dilation == 1
     weights = constants.conv(step, walks, compact, operands.stem)
@@ -70,7 +74,9 @@ def _conv(builder: Builder, constants: Constants, step: Step, walks: tuple[Walk,
     images, pixels = x.shape[0], prod(w.count for w in walks)
     together = 1
     if pixels < _PIXELS_OF_A_TABLE:
-        together = next(n for n in range(1, images + 1) if images % n == 0 and (n * pixels >= _PIXELS_OF_A_TABLE or n == images))
+        together = next(
+            n for n in range(1, images + 1) if images % n == 0 and (n * pixels >= _PIXELS_OF_A_TABLE or n == images)
+        )
     common = library.Conv(
         images=images // together,
         in_image=x.strides[0] * together,
@@ -95,9 +101,13 @@ def _conv(builder: Builder, constants: Constants, step: Step, walks: tuple[Walk,
         pixel = _whole_tiles(domain.table(together, x.strides[0], domain.reads), step, repeat=True)
         way.pixels, way.tiles = domain.count * together, len(pixel) // library.TILE
         way.pixel, way.pitch = builder.array(pixel), builder.array(_pitch(pixel))
-        way.out_at = builder.array(_whole_tiles(domain.table(together, y.strides[0], y_reads, missing=-1), step, repeat=False))
+        way.out_at = builder.array(
+            _whole_tiles(domain.table(together, y.strides[0], y_reads, missing=-1), step, repeat=False)
+        )
         if residual is not None:
-            way.res_at = builder.array(_whole_tiles(domain.table(together, residual.strides[0], r_reads), step, repeat=True))
+            way.res_at = builder.array(
+                _whole_tiles(domain.table(together, residual.strides[0], r_reads), step, repeat=True)
+            )
         ways.append(way)
     refs = [ref for w in ways for ref in ((w.in_, x), (w.out, y), (w.res, residual))]
     builder.add("conv", ways, refs, barrier)
@@ -130,12 +140,20 @@ class _Domain:
 
 def _pixels(walks: tuple[Walk, ...], x: View) -> _Domain:
     grid = np.meshgrid(*(np.arange(w.count, dtype=np.int64) for w in walks), indexing="ij") if walks else []
-    return _Domain(tuple(g.reshape(-1) for g in grid), tuple(w.stride * s for w, s in zip(walks, x.strides[2:], strict=True)))
+    return _Domain(
+        tuple(g.reshape(-1) for g in grid), tuple(w.stride * s for w, s in zip(walks, x.strides[2:], strict=True))
+    )
 
 
 def _gains_from_flattening(walks: tuple[Walk, ...], x: View) -> bool:
     """Whether rows that are walked over with the zeros between them make every tile uniform at little cost."""
-    if len(walks) < 2 or walks[-1].stride != 1 or walks[-2].stride != 1 or not x.strides[-1] or x.strides[-2] % x.strides[-1]:
+    if (
+        len(walks) < 2
+        or walks[-1].stride != 1
+        or walks[-2].stride != 1
+        or not x.strides[-1]
+        or x.strides[-2] % x.strides[-1]
+    ):
         return False
     width, pitch = walks[-1].count, x.strides[-2] // x.strides[-1]
     return width % library.TILE != 0 and width < pitch <= _MOST_FLATTENED * width
@@ -164,7 +182,9 @@ def _pitch(pixel: np.ndarray) -> np.ndarray:
     return np.where((steps == steps[:, :1]).all(1), steps[:, 0], 0).astype(np.int32)
 
 
-def _depthwise(builder: Builder, constants: Constants, step: Step, walks: tuple[Walk, ...], operands: Operands, barrier: bool) -> None:
+def _depthwise(
+    builder: Builder, constants: Constants, step: Step, walks: tuple[Walk, ...], operands: Operands, barrier: bool
+) -> None:
     x, y, residual = operands.x, operands.y, operands.residual
     weights = constants.depthwise(step, walks)
     builder.kept.append(weights)

@@ -167,7 +167,12 @@ class Lowering:
             if made is None or made.kind != "quantize" or self.readers[source] != 1 or source in self.outputs:
                 continue
             image = self.metas[source]
-            if step.kind == "group" and stems.fits(step, tuple(image.shape)) and image.scale.dim() == 0 and i in self.walks:
+            if (
+                step.kind == "group"
+                and stems.fits(step, tuple(image.shape))
+                and image.scale.dim() == 0
+                and i in self.walks
+            ):
                 found.add(source)
                 self.walks[i] = [stems.pair_walks(walks) for walks in self.walks[i]]
         return found
@@ -338,7 +343,7 @@ class Lowering:
         shape = tuple(self.metas[ref.value].shape)
         axis = len(shape) - 1 - geometry.dims
         out_shape = tuple(self.metas[self.value(i)].shape)
-        if out_shape[: axis or None][: axis] != shape[:axis]:  # the residual is larger than the sum
+        if out_shape[: axis or None][:axis] != shape[:axis]:  # the residual is larger than the sum
             return None
         if 0 in out_shape:
             return None
@@ -442,7 +447,9 @@ def _every_second(y: View, x: View, row: int) -> tuple[View, View]:
     n, c, h, w = x.shape
     shape = (n, c, len(range(row, h, stems.ROWS)), w)
     to = y.reshaped(shape, y.strides, y.offset + row * stems.CHANNELS)
-    return to, x.reshaped(shape, (*x.strides[:2], stems.ROWS * x.strides[2], x.strides[3]), x.offset + row * x.strides[2])
+    return to, x.reshaped(
+        shape, (*x.strides[:2], stems.ROWS * x.strides[2], x.strides[3]), x.offset + row * x.strides[2]
+    )
 
 
 def _same_order(x: View) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -24,6 +24,7 @@ _KEEPS = frozenset(KEEPS.split()) | {"dropout", "dropout1d", "dropout2d", "dropo
 _RESHAPES = frozenset("reshape flatten view unflatten ravel view_as reshape_as".split())
 _JOINS = frozenset("cat concat concatenate".split())
 
+
 def _name(target: str) -> str:
     return target.rpartition(".")[2]
 

@@ -122,7 +122,14 @@ def _cat(*shapes: Shape, dim: int) -> Shape:
 
 
 def _pool(
-    shape: Shape, dims: int, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False, dilation: Any = 1, **_: Any
+    shape: Shape,
+    dims: int,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    dilation: Any = 1,
+    **_: Any,
 ) -> Shape:
     kernel = as_tuple(kernel_size, dims)
     steps = as_tuple(stride or kernel, dims)

@@ -64,15 +64,18 @@ class Tuner:
             if operation.kind != "conv":
                 continue
             key = self._key(operation)
-            known = self.cache.get(key, (len(operation.ways), 64, 64, 2, 2))
-            if known is not None:
-                way: Way = (known[0], known[1], known[2], known[3], known[4])
-            elif time.monotonic() < self.until:
+            way = self._known(key, len(operation.ways))
+            if way is None and time.monotonic() < self.until:
                 way = self._measure(operation, pointers)
                 self.cache.put(key, way)
-            else:
-                way = usual(operation.params)
-            apply(operation, way)
+            apply(operation, usual(operation.params) if way is None else way)
+
+    def _known(self, key: str, structures: int) -> Way | None:
+        """What was measured before, if it is something that the kernels have: a file can hold anything."""
+        found = self.cache.get(key, (structures, 64, 64, 2, 2))
+        if found is None or (found[1], found[2]) not in ((0, 0), *_BLOCKS[library.ISAS[self.isa]]):
+            return None
+        return found[0], found[1], found[2], found[3], found[4]
 
     def _blocks(self, operation: Operation) -> list[Way]:
         """The sizes of blocks that the kernels have, and that the convolution's channels fill."""

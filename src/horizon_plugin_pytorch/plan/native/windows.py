@@ -40,7 +40,9 @@ def _places(params: Any, x: View, y: View, axis: int) -> None:
     params.out_size[:] = _three(y.shape[axis + 1 :], 1)
 
 
-def emit_pool(builder: Builder, kind: str, x: View, y: View, axis: int, edges: Sequence[Edges], m: Tensor | None) -> None:
+def emit_pool(
+    builder: Builder, kind: str, x: View, y: View, axis: int, edges: Sequence[Edges], m: Tensor | None
+) -> None:
     """``max_pool`` or ``avg_pool`` over windows of the dimensions behind `axis`; `m`: float32, one per place."""
     params = library.Pool(channels=x.shape[axis])
     _places(params, x, y, axis)
@@ -128,7 +130,9 @@ def average(lowering: Lowering, i: int, step: Step, name: str, options: dict[str
         dims = len(over)
         if dims > 3 or meta.dim() < 3 or over != list(range(meta.dim() - dims, meta.dim())) or dims + 2 != meta.dim():
             return None
-        found = [pooling.Windows(torch.zeros(1, dtype=torch.int64), *(torch.tensor([n]),) * 2) for n in meta.shape[-dims:]]
+        found = [
+            pooling.Windows(torch.zeros(1, dtype=torch.int64), *(torch.tensor([n]),) * 2) for n in meta.shape[-dims:]
+        ]
         n = pooling.places([w.padded for w in found])
     elif name == "AdaptiveAvgPool":
         dims = options["dims"]
@@ -139,7 +143,10 @@ def average(lowering: Lowering, i: int, step: Step, name: str, options: dict[str
         kernel = as_tuple(options["kernel_size"], dims)
         steps = kernel if options["stride"] is None else as_tuple(options["stride"], dims)
         pads = as_tuple(options["padding"], dims)
-        found = [pooling.windows(*one, options["ceil_mode"]) for one in zip(meta.shape[-dims:], kernel, steps, pads, strict=True)]
+        found = [
+            pooling.windows(*one, options["ceil_mode"])
+            for one in zip(meta.shape[-dims:], kernel, steps, pads, strict=True)
+        ]
         n = pooling.divisors(found, options["count_include_pad"], options["divisor_override"])
     scale = lowering.constants[step.params["scale"].name]
     m = pooling.ratio(meta.scale, n, scale)
@@ -174,7 +181,9 @@ def upsample(lowering: Lowering, i: int, ref: Ref, call: dict[str, Any]) -> View
     return y
 
 
-def _pool(lowering: Lowering, i: int, ref: Ref, dims: int, kind: str, edges: list[Edges], m: Tensor | None) -> View | None:
+def _pool(
+    lowering: Lowering, i: int, ref: Ref, dims: int, kind: str, edges: list[Edges], m: Tensor | None
+) -> View | None:
     axis = lowering.metas[ref.value].dim() - 1 - dims
     if axis not in (0, 1):
         return None

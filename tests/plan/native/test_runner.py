@@ -1,0 +1,183 @@
+"""Runners of plans on the CPU kernels: networks, threads, shapes, layouts, errors."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import horizon_plugin_pytorch as horizon
+from horizon_plugin_pytorch.backends.cpu import library
+from horizon_plugin_pytorch.plan import Plan, PlanError
+from plan.native import plans
+
+needs_library = pytest.mark.skipif(library.why_not() is not None, reason="the CPU kernels were not built")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+class UNet(nn.Module):
+    """Down, up by transposed convolution, add and cat with what came down, nearest up-sampling, a softmax in float at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def block(into: int, out: int, stride: int = 1, groups: int = 1) -> nn.Module:
+            conv = nn.Conv2d(into, out, 3, stride, 1, groups=groups, bias=False)
+            return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU6())
+
+        self.stem, self.wise, self.down = block(3, 20, 2), block(20, 20, 1, 20), block(20, 36, 2)
+        self.up = nn.Sequential(nn.ConvTranspose2d(36, 20, 4, 2, 1, bias=False), nn.BatchNorm2d(20))
+        self.mix, self.head = block(40, 24), nn.Conv2d(24, 5, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        top = self.wise(self.stem(x))
+        low = nn.functional.hardswish(self.down(top))
+        up = torch.relu(self.up(low) + top)
+        both = self.mix(torch.cat([up, nn.functional.interpolate(low[:, :20], scale_factor=2.0)], 1))
+        return torch.softmax(self.head(both), 1), both.mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def recorded() -> tuple[Plan, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32)
+    return horizon.plan.record(horizon.quantize(UNet().eval(), [x], progress=False), x), x
+
+
+@needs_library
+def test_a_network_at_several_sizes_and_thread_counts(recorded: tuple[Plan, Tensor]) -> None:
+    plan, _ = recorded
+    reference = plan.compile("reference")
+    for threads in (1, 2, 4):
+        runner = plan.compile("cpu", threads=threads)
+        for shape in ((2, 3, 32, 32), (1, 3, 40, 64), (4, 3, 36, 32)):
+            x = torch.randn(shape)
+            expected = reference(x)
+            strided = torch.randn(*shape[:3], 2 * shape[3])[..., ::2].copy_(x)
+            for laid in (x, x.contiguous(memory_format=torch.channels_last), strided):
+                assert plans.differing(expected, runner(laid)) == 0
+    assert "softmax" in runner.report and runner.backend == "cpu"
+
+
+@needs_library
+def test_outputs_do_not_alias(recorded: tuple[Plan, Tensor]) -> None:
+    plan, x = recorded
+    runner = plan.compile("cpu")
+    first = runner(x)
+    kept = [t.clone() for t in first]
+    runner(torch.randn_like(x))
+    assert plans.differing(tuple(kept), first) == 0
+
+
+@needs_library
+def test_many_threads_share_a_runner(recorded: tuple[Plan, Tensor]) -> None:
+    plan, _ = recorded
+    runner, reference = plan.compile("cpu", threads=1), plan.compile("reference")
+    inputs = [torch.randn(1 + i % 2, 3, 32, 32) for i in range(6)]
+    expected = [reference(x) for x in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(5):
+            wrong.append(plans.differing(expected[i], runner(inputs[i])))
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(wrong) == 30 and sum(wrong) == 0
+
+
+@needs_library
+def test_a_nan_is_an_error_of_its_own_call(recorded: tuple[Plan, Tensor]) -> None:
+    plan, x = recorded
+    runner = plan.compile("cpu")
+    expected = runner(x)
+    bad = x.clone()
+    bad[-1, 0, 3, 5] = float("nan")
+    with pytest.raises(PlanError, match="NaN"):
+        runner(bad)
+    assert plans.differing(expected, runner(x)) == 0
+
+
+@needs_library
+def test_inputs_that_do_not_fit(recorded: tuple[Plan, Tensor]) -> None:
+    runner = recorded[0].compile("cpu")
+    for wrong in (torch.zeros(1, 4, 32, 32), torch.zeros(1, 3, 32, 32).double(), torch.zeros(3, 32, 32)):
+        with pytest.raises(PlanError):
+            runner(wrong)
+    with pytest.raises(PlanError, match="meta"):
+        runner(torch.zeros(1, 3, 32, 32, device="meta"))
+
+
+@needs_library
+def test_packed_weights_are_shared_by_shapes(recorded: tuple[Plan, Tensor]) -> None:
+    plan, x = recorded
+    runner = plan.compile("cpu")
+    runner(x)
+    packed = runner._native.constants.bytes  # type: ignore[union-attr]
+    runner(torch.randn(1, 3, 48, 48))
+    assert runner._native.constants.bytes == packed  # type: ignore[union-attr]
+
+
+def test_without_the_library_auto_says_so(recorded: tuple[Plan, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "why_not", lambda: "not built")
+    runner = recorded[0].compile("auto")
+    assert runner.backend == "reference" and "not built" in runner.report
+    with pytest.raises(PlanError, match="not built"):
+        recorded[0].compile("cpu")
+
+
+@needs_library
+def test_isa_is_capped_by_the_environment() -> None:
+    code = "from horizon_plugin_pytorch.backends.cpu import library as l; print(l.ISAS[l.best_isa()])"
+
+    def run(cap: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "HORIZON_MAX_CPU_ISA": cap, "PYTHONPATH": str(Path(horizon.__file__).parents[1])}
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+        )
+
+    assert run("portable").stdout.strip() == "portable"
+    assert "there are: portable, avx2" in run("sse9").stderr
+
+
+def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
+    """Sizes and offsets of every field, as the C compiler has them."""
+    header = Path(horizon.__file__).parents[2] / "csrc" / "horizon_cpu.h"
+    compiler = next(
+        (c for c in ("cc", "gcc", "clang") if subprocess.run(["which", c], capture_output=True).returncode == 0), None
+    )
+    if compiler is None or not header.exists():
+        pytest.skip("needs a C compiler and a checkout")
+    structures = {
+        "hz_ref": library.Ref, "hz_view": library.View, "hz_epilogue": library.Epilogue, "hz_conv": library.Conv,
+        "hz_depthwise": library.Depthwise, "hz_zero": library.Zero, "hz_elementwise": library.Elementwise, "hz_pool": library.Pool,
+        "hz_upsample": library.Upsample, "hz_op": library.Op, "hz_program": library.Program,
+    }  # fmt: skip
+    lines, expected = [], []
+    for name, structure in structures.items():
+        lines.append(f'printf("%zu\\n", sizeof({name}));')
+        expected.append(ctypes.sizeof(structure))
+        for field in structure._fields_:
+            lines.append(f'printf("%zu\\n", offsetof({name}, {field[0].rstrip("_")}));')
+            expected.append(getattr(structure, field[0]).offset)
+    source = tmp_path / "sizes.c"
+    source.write_text(
+        f'#include <stddef.h>\n#include <stdio.h>\n#include "{header}"\nint main(void) {{ {"".join(lines)} }}\n'
+    )
+    subprocess.run([compiler, str(source), "-o", str(tmp_path / "sizes")], check=True)
+    printed = subprocess.run([str(tmp_path / "sizes")], capture_output=True, text=True, check=True).stdout
+    assert [int(n) for n in printed.split()] == expected
