@@ -25,7 +25,7 @@ NATIVE := :1000 address,undefined:40 thread:40
 
 test-native: ## build the CPU kernels and test them, also under sanitizers
 	@set -e; for run in $(NATIVE); do sanitize=$${run%:*}; \
-	  dir=build/native$${sanitize:+-$${sanitize%%,*}}; \
+	  dir=build/kernels$${sanitize:+-$${sanitize%%,*}}; \
 	  echo "== kernels$${sanitize:+, sanitizers: $$sanitize}"; \
 	  cmake -S csrc -B $$dir -DHORIZON_TESTS=ON -DHORIZON_EMULATE_AMX=ON -DHORIZON_SANITIZE=$$sanitize > /dev/null; \
 	  cmake --build $$dir --parallel $(JOBS) > /dev/null; \

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from horizon_plugin_pytorch.backends.cpu import library, packing
+from horizon_plugin_pytorch.backends.cpu.memory import Memory
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
 from horizon_plugin_pytorch.plan.native import stems
 from horizon_plugin_pytorch.plan.native.walks import Walk
@@ -46,6 +47,7 @@ class Constants:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._made: dict[Any, Any] = {}
+        self._memory = Memory(reserve=2 * plan.int8_bytes)
         self._lock = threading.RLock()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -84,7 +86,8 @@ class Constants:
 
         def make() -> packing.ConvWeights:
             weight = self._taps(step, walks) if stem is None else self._stem(step, stem)
-            return packing.pack_conv(weight, groups, contiguous)
+            packed = packing.pack_conv(weight, groups, contiguous)
+            return replace(packed, tiles=self._memory.copy(packed.tiles))
 
         return self._once(key, make)
 

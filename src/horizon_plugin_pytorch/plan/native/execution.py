@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from horizon_plugin_pytorch.backends.cpu import library
+from horizon_plugin_pytorch.backends.cpu.memory import Memory
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
 from horizon_plugin_pytorch.plan.native import batches, tuning
 from horizon_plugin_pytorch.plan.native.batches import Split, separable
@@ -33,7 +34,7 @@ class _State:
     def __init__(self, program: NativeProgram, threads: int) -> None:
         arenas = threads if program.split.apart else 1
         self.threads = threads
-        self.arena = torch.empty(arenas * program.arena_bytes + library.SLACK, dtype=torch.uint8)
+        self.arena = Memory().empty(arenas * program.arena_bytes + library.SLACK)
         self.bad = ctypes.c_int32(0)
         self.own: list[Any] = []
         lowered = program.lowered
@@ -113,7 +114,7 @@ class NativeProgram:
     def tune(self, tuner: Tuner, inputs: Sequence[Tensor]) -> None:
         """Choose how convolutions are done; not while the program runs."""
         self._states.clear()
-        arena = torch.randint(0, 256, (self.arena_bytes + library.SLACK,), dtype=torch.uint8)
+        arena = Memory().empty(self.arena_bytes + library.SLACK).random_(0, 256)
         tensors = self._tensors(arena, inputs)
         tuner.tune(self.lowered.builder.operations, self._pointers(tensors))
 
