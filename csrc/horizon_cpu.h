@@ -16,8 +16,8 @@ extern "C" {
 
 #define HZ_ABI 1
 
-// Memory a program works on: slot 0 is the arena, the others are the caller's tensors. Every slot can be read, and the arena
-// written, for HZ_SLACK bytes past its end; what lies there is never part of a result.
+// Memory a program works on: slot 0 is the arena, the others are the caller's tensors. The arena, and only it, can be read for
+// HZ_SLACK bytes past its end; what lies there is never part of a result.
 #define HZ_SLACK 4096
 // Vectors over channels (m, bias, ...) are padded with zeros to a multiple of this many channels.
 #define HZ_CHANNELS 64
@@ -180,7 +180,7 @@ int hz_run(const hz_program *program, void *const *slots, int threads, int isa);
 // The same with threads sharing each operation, and the seconds that each took: what it costs where it stands, with the caches as the
 // operations before it leave them.
 int hz_profile(const hz_program *program, void *const *slots, int threads, int isa, double *seconds);
-// Seconds of each of `repeats` runs of one operation, on random or current contents of the slots.
+// Seconds of each of `repeats` runs of one operation, on what the slots hold.
 int hz_time(const hz_op *op, void *const *slots, int threads, int isa, int repeats, double *seconds);
 
 #ifdef __cplusplus

@@ -45,7 +45,8 @@ def profile(runner: Runner, *inputs: Tensor, repeats: int = 10) -> list[StepTime
         raise ValueError(f"repeats must be at least 1, not {repeats}")
     runner(*inputs)  # what is made once is made now
     inputs = tuple(map(_plain_layout, inputs))
-    runs = [_native(runner, inputs) if runner.backend == "cpu" else _reference(runner, inputs) for _ in range(repeats)]
+    native = runner.native_for(inputs[0].device) if inputs else None
+    runs = [_reference(runner, inputs) if native is None else _native(runner, inputs) for _ in range(repeats)]
     plan = runner.plan
     return [
         StepTime(step, plan.result(i), median(seconds[i] for seconds, _ in runs), i in runs[0][1])
@@ -59,7 +60,7 @@ Run = tuple[list[float], set[int]]
 
 def _reference(runner: Runner, inputs: Sequence[Tensor]) -> Run:
     values: list[Any] = list(inputs)
-    constants = runner.plan.constants
+    constants = runner._on(inputs[0].device) if inputs else runner.plan.constants
     seconds = []
     with torch.no_grad():
         for step in runner.plan.steps:
@@ -84,15 +85,7 @@ def _native(runner: Runner, inputs: Sequence[Tensor]) -> Run:
             from horizon_plugin_pytorch.backends.cpu import library
 
             each = (ctypes.c_double * program.count)()
-            run = library.load().hz_profile
-            run.argtypes = [
-                ctypes.POINTER(library.Program),
-                ctypes.c_void_p,
-                ctypes.c_int,
-                ctypes.c_int,
-                ctypes.c_void_p,
-            ]
-            code = run(ctypes.byref(program), pointers, threads, self.isa, each)
+            code = library.load().hz_profile(ctypes.byref(program), pointers, threads, self.isa, each)
             assert code == 0  # it ran before, with these threads
             for operation, taken in zip(self.lowered.builder.operations[self.done :], each, strict=False):
                 self.seconds[operation.step] += taken

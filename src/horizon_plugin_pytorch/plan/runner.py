@@ -24,9 +24,12 @@ class Runner:
     Inputs are those of the model, of any batch and image size the model accepts. Calls from several threads do not disturb each
     other: all state is local to the call, but for the constants, which are only read.
 
+    The kernels run in forked processes, too. A step that runs in PyTorch may hang there with more than one thread, as all of PyTorch's
+    parallel operators do once the parent has used them: compile with ``threads=1``, or start processes by spawning.
+
     Attributes:
         backend: ``cpu``: native kernels for tensors on the CPU. ``reference``: PyTorch, on any device (constants follow).
-        report: why that backend, and for each input shape so far the steps that run in PyTorch.
+        report: why that backend, the devices whose inputs it could not take, and for each input shape so far the steps that run in PyTorch.
     """
 
     def __init__(self, plan: Plan, backend: str = "auto", threads: int | None = None) -> None:
@@ -51,12 +54,14 @@ class Runner:
             else:
                 why = reason
         self._why = why
+        self._elsewhere: set[str] = set()
         self._constants: dict[torch.device, dict[str, Tensor]] = {}
         self._last_use = _last_uses(plan)
 
     @property
     def report(self) -> str:
         lines = [f"backend {self.backend}: {self._why}"]
+        lines += [f"inputs on {d}: the reference, the kernels run on the CPU" for d in sorted(self._elsewhere)]
         if self._native is not None:
             lines += self._native.report
         return "\n".join(lines)
@@ -73,17 +78,22 @@ class Runner:
         if len(devices) > 1:
             raise PlanError(f"the inputs are on several devices: {', '.join(sorted(map(str, devices)))}")
         device = next(iter(devices)) if devices else torch.device("cpu")
-        with torch.no_grad():
-            if self._native is not None:
-                if device.type == "cpu":
-                    with _threads(self.threads):
-                        return self._native.run(values, self.threads or torch.get_num_threads())
-                if not self._auto:
-                    raise PlanError(
-                        f"backend 'cpu' runs tensors on the CPU; the inputs are on {device}: compile with 'reference'"
-                    )
-            with _threads(self.threads):
-                return self._reference(values, device)
+        native = self.native_for(device)
+        with torch.no_grad(), _threads(self.threads):
+            if native is not None:
+                return native.run(values, self.threads or torch.get_num_threads())
+            return self._reference(values, device)
+
+    def native_for(self, device: torch.device) -> _Native | None:
+        """The kernels, if they run tensors on `device`; None for the reference."""
+        if self._native is None or device.type == "cpu":
+            return self._native
+        if not self._auto:
+            raise PlanError(
+                f"backend 'cpu' runs tensors on the CPU; the inputs are on {device}: compile with 'reference'"
+            )
+        self._elsewhere.add(str(device))
+        return None
 
     def _reference(self, values: list[Any], device: torch.device) -> Any:
         constants = self._on(device)
@@ -142,7 +152,9 @@ class _Native:
         key = (*((tuple(x.shape), x.stride()) for x in inputs), threads)
         with self._lock:
             if key not in self._programs:
-                self._programs[key] = compile_for(self.plan, self.constants, inputs, self.isa, threads, self.cache)
+                # PyTorch's own parallel operators hang in a forked child; with one thread there are none.
+                with _threads(1):
+                    self._programs[key] = compile_for(self.plan, self.constants, inputs, self.isa, threads, self.cache)
                 while len(self._programs) > _KEPT_SHAPES:
                     self._programs.popitem(last=False)
             self._programs.move_to_end(key)

@@ -123,6 +123,44 @@ def test_inputs_that_do_not_fit(recorded: tuple[Plan, Tensor]) -> None:
 
 
 @needs_library
+def test_inputs_that_the_kernels_cannot_take_are_reported(recorded: tuple[Plan, Tensor]) -> None:
+    plan, x = recorded
+    runner = plan.compile("auto")
+    runner(x)
+    assert "meta" not in runner.report
+    assert runner.native_for(torch.device("meta")) is None
+    assert "inputs on meta: the reference" in runner.report
+
+
+IN_A_FORKED_CHILD = """
+import os, sys, torch, horizon_plugin_pytorch as horizon
+torch.set_num_threads(2)
+plan, x = horizon.plan.load(sys.argv[1]), torch.randn(1, 3, 32, 32)
+expected = plan.compile("reference")(x)
+before = plan.compile("cpu", threads=2)
+before(x)
+torch.randn(2**20).sum()  # PyTorch's threads have run
+if os.fork() == 0:
+    torch.set_num_threads(1)  # for what this program itself computes
+    new = plan.compile("cpu", threads=2)
+    differ = [not torch.equal(expected, runner(x)) for runner in (before, new)]
+    os._exit(sum(differ))
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@needs_library
+def test_runners_in_a_forked_child(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 32, 32)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
+    horizon.plan.record(horizon.quantize(model, [x], progress=False), x).save(tmp_path / "plan.safetensors")
+    command = [sys.executable, "-c", IN_A_FORKED_CHILD, str(tmp_path / "plan.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_library
 def test_packed_weights_are_shared_by_shapes(recorded: tuple[Plan, Tensor]) -> None:
     plan, x = recorded
     runner = plan.compile("cpu")

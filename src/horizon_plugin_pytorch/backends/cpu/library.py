@@ -124,16 +124,12 @@ class LibraryError(RuntimeError):
 
 
 def _paths() -> list[Path]:
-    """Where the library may be: HORIZON_CPU_LIBRARY if that is set, otherwise beside this file, or in the build folder of a checkout."""
+    """Where the library may be: HORIZON_CPU_LIBRARY if that is set, otherwise beside this file."""
     if "HORIZON_CPU_LIBRARY" in os.environ:
         return [Path(os.environ["HORIZON_CPU_LIBRARY"])]
     here = Path(__file__).parent
     suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-    paths = [here / f"{name}{suffix}" for name in ("horizon_cpu", "libhorizon_cpu")]
-    root = here.parents[3]
-    if (root / "csrc" / "horizon_cpu.h").exists():
-        paths += [root / "build" / "native" / path.name for path in paths]
-    return paths
+    return [here / f"horizon_cpu{suffix}"]
 
 
 @lru_cache(maxsize=1)
@@ -162,6 +158,8 @@ def load() -> c.CDLL:
     library.hz_isa_name.argtypes, library.hz_isa_name.restype = [c.c_int], c.c_char_p
     library.hz_run.argtypes = [c.POINTER(Program), ptr, c.c_int, c.c_int]
     library.hz_run.restype = c.c_int
+    library.hz_profile.argtypes = [c.POINTER(Program), ptr, c.c_int, c.c_int, c.POINTER(c.c_double)]
+    library.hz_profile.restype = c.c_int
     library.hz_time.argtypes = [c.POINTER(Op), ptr, c.c_int, c.c_int, c.c_int, c.POINTER(c.c_double)]
     library.hz_time.restype = c.c_int
     return library
