@@ -42,9 +42,7 @@ class PlanModule(nn.Module):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
-        hosts = [plan.values[r.value].name for r in refs(plan.outputs) if plan.values[r.value].dtype == "host"]
-        if hosts or not all(isinstance(leaf, Ref) for leaf in tree_leaves(plan.outputs)):
-            raise PlanError(f"{plan.model} returns what is not a tensor{': ' * bool(hosts)}{', '.join(hosts)}")
+        require_tensors(plan)
         self.program = to_json(plan)
         for i, name in enumerate(sorted(plan.constants)):
             self.register_buffer(f"constant_{i}", plan.constants[name])
@@ -63,6 +61,13 @@ class PlanModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"inputs={', '.join(self.names)}, constants={self.count}"
+
+
+def require_tensors(plan: Plan) -> None:
+    """Raise PlanError if an output is not a tensor."""
+    hosts = [plan.values[r.value].name for r in refs(plan.outputs) if plan.values[r.value].dtype == "host"]
+    if hosts or not all(isinstance(leaf, Ref) for leaf in tree_leaves(plan.outputs)):
+        raise PlanError(f"{plan.model} returns what is not a tensor{': ' * bool(hosts)}{', '.join(hosts)}")
 
 
 def _filled(structure: Any, outputs: Sequence[Tensor]) -> Any:

@@ -76,7 +76,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     t = s - p
     error = (c - t).sub_((s - t).sub_(p))  # exactly p + c - s; NaN where s is not finite
     # Of operands that come from quantized tensors hardly a float64 sum is inexact; the CPU can look without waiting.
-    if s.device.type == "cpu" and not error.any():
+    if s.device.type == "cpu" and not torch.compiler.is_exporting() and not error.any():
         return s.to(torch.float32)
     bits = s.view(torch.int64)
     inexact_even = (error.abs() > 0) & ((bits & 1) == 0)
@@ -222,10 +222,15 @@ def per_output(s_x: Tensor, channels: int) -> Tensor:
 @torch.no_grad()
 def divide_and_round(x: Tensor, scale: Tensor, lo: int, hi: int, dtype: torch.dtype, check: bool) -> Tensor:
     """``clamp(round_half_even(float32(x) / scale), lo, hi)``, `scale` shaped to broadcast; checks as in `quantize`."""
-    if check and not bool(((scale > 0) & scale.isfinite()).all()):
+    exporting = (
+        torch.compiler.is_exporting()
+    )  # a graph checks when it runs, and its scales, constants, were checked before
+    if check and not exporting and not bool(((scale > 0) & scale.isfinite()).all()):
         raise ValueError("a scale is zero, negative or not finite: it comes from data without range, or was never set")
     y = x.to(torch.float32) / scale
-    if check and bool(y.isnan().any()):
+    if check and exporting:
+        torch._assert_async(~y.isnan().any(), "the tensor to quantize holds NaN")
+    elif check and bool(y.isnan().any()):
         raise ValueError(f"the tensor to quantize, of shape {tuple(x.shape)}, holds NaN")
     return round_and_clamp(y, lo, hi, dtype)
 
@@ -241,7 +246,7 @@ def _in_blocks(fn: Callable[..., Tensor], acc: Tensor, others: Sequence[Tensor |
     operands = [acc, *others]
     shape = torch.broadcast_shapes(*(o.shape for o in operands if o is not None))
     block = min(BLOCK * torch.get_num_threads(), BLOCK_MAX)
-    if acc.device.type != "cpu" or shape.numel() <= block:
+    if acc.device.type != "cpu" or torch.compiler.is_exporting() or shape.numel() <= block:
         return fn(*operands)
 
     def fill(out: Tensor, parts: Sequence[Tensor | None]) -> None:

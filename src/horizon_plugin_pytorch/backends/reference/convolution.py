@@ -7,8 +7,8 @@ from the weights:
 * On the CPU a sum that can reach more than 2^24 is split into runs of input channels that cannot, each summed in
   float32. Where that does not go (grouped convolutions) it is summed in float64. Only algorithms that add the products
   themselves are let in: `_direct`. Reduced precision of the operands (bfloat16, TF32) does no harm, they have 8 bits.
-* Elsewhere it is float64, rounded to integers at its end. Of sums below 2^31 any algorithm, Winograd's and the FFT
-  included, then makes an error far below one half.
+* Elsewhere, and in a graph of `torch.export`, which may run anywhere, it is float64, rounded to integers at its end. Of
+  sums below 2^31 any algorithm, Winograd's and the FFT included, then makes an error far below one half.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _accumulate(
     # Autocast would hand bfloat16 results back.
     with torch.no_grad(), torch.autocast(x_q.device.type, enabled=False):
         run = None
-        if x_q.device.type == "cpu":
+        if x_q.device.type == "cpu" and not torch.compiler.is_exporting():
             w = w_q.to(torch.float32)
             run = _exact_run(output_channels_first(w, axis, groups), x_q.dtype, splits=groups == 1)
         if run is None:

@@ -170,15 +170,21 @@ def places(lengths: Sequence[Tensor]) -> Tensor:
 
 def _average(x_q: Tensor, found: Sequence[Windows], n: Tensor, s_x: Tensor, s_y: Tensor, dtype: torch.dtype) -> Tensor:
     lo, hi = integer_range(x_q.dtype)
-    largest = prod(int((w.stop - w.start).max()) for w in found) * max(-lo, hi)
     # Differences of running sums: exact in integers, where those may wrap around as long as the difference fits.
-    total = x_q.to(torch.int32 if largest < 2**31 else torch.int64)
+    total = x_q.to(torch.int32 if _sums_fit(found, max(-lo, hi)) else torch.int64)
     for dim, window in enumerate(found, start=-len(found)):
         running = F.pad(total.movedim(dim, -1).cumsum(-1, dtype=total.dtype), (1, 0)).movedim(-1, dim)
         stop, start = (running.index_select(dim, edge.to(running.device)) for edge in (window.stop, window.start))
         total = stop.sub_(start)
     y = epilogue(total, ratio(s_x, n, s_y), dtype=dtype)
     return in_layout_of(x_q, y)
+
+
+def _sums_fit(found: Sequence[Windows], largest: int) -> bool:
+    """Whether sums over these windows fit into int32; a graph is made without knowing its windows."""
+    if torch.compiler.is_exporting():
+        return False
+    return prod(int((w.stop - w.start).max()) for w in found) * largest < 2**31
 
 
 def ratio(s_x: Tensor, n: Tensor, s_y: Tensor) -> Tensor:
