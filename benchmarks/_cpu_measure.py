@@ -1,4 +1,4 @@
-"""How benchmarks/cpu.py measures: forwards in turns, peak memory, and what the processor can do at most.
+"""How benchmarks/cpu.py measures: peak memory, equality, and what the processor can do at most.
 
 Imports nothing but PyTorch and this package.
 """
@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import os
 import platform
-import time
-from collections.abc import Callable, Mapping
-from math import ceil, prod
+from collections.abc import Callable
+from math import prod
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -19,37 +17,10 @@ from torch import Tensor, nn
 
 import horizon_plugin_pytorch as horizon
 from horizon_plugin_pytorch.plan import Plan
+from horizon_plugin_pytorch.utils.timing import take_turns
 
 Forward = Callable[[], Any]
 TURN_SECONDS = 0.05
-MOST_REPEATS = 50
-
-
-def alternate(forwards: Mapping[str, Forward], rounds: int) -> dict[str, list[float]]:
-    """Seconds per forward, one figure per round and candidate.
-
-    In every round each candidate has a turn: one forward that is not timed, which wakes its threads and fills the caches, then as many
-    as fit in `TURN_SECONDS`, whose median counts. The order rotates from round to round.
-    """
-    repeats = {}
-    for name, forward in forwards.items():
-        forward()
-        repeats[name] = max(1, min(MOST_REPEATS, ceil(TURN_SECONDS / _seconds(forward))))
-    times: dict[str, list[float]] = {name: [] for name in forwards}
-    order = list(forwards)
-    for _ in range(rounds):
-        for name in order:
-            time.sleep(0.005)  # threads of the one before stop spinning
-            forwards[name]()
-            times[name].append(median(_seconds(forwards[name]) for _ in range(repeats[name])))
-        order = [*order[1:], order[0]]
-    return times
-
-
-def _seconds(forward: Forward) -> float:
-    start = time.perf_counter()
-    forward()
-    return time.perf_counter() - start
 
 
 def tensors(y: Any) -> list[Tensor]:
@@ -104,7 +75,7 @@ def ceiling(threads: int, rounds: int) -> dict[str, float]:
     source = torch.randn(2**26)
     target = torch.empty_like(source)
     runners["copy"] = lambda: target.copy_(source)
-    times = alternate(runners, rounds)
+    times = take_turns(runners, rounds, TURN_SECONDS)
     each = min(b - a for a, b in zip(times["1"], times[str(longer)], strict=True)) / (longer - 1)
     return {
         "operations": 2 * size**2 * channels**2 * 9 / each,

@@ -177,6 +177,8 @@ def measure_here(
     import _cpu_peers as peers
     import torch
 
+    from horizon_plugin_pytorch.utils.timing import take_turns
+
     torch.set_num_threads(threads)
     during = Path(path).with_suffix(".during")
     known = None
@@ -207,7 +209,7 @@ def measure_here(
             rows[name] = {"error": f"{type(error).__name__}: {_reason(error)}"}
     if peers.OURS in forwards:
         during.write_text(peers.OURS)
-        times = measure.alternate(forwards, rounds)
+        times = take_turns(forwards, rounds, measure.TURN_SECONDS)
         for name, seconds in times.items():
             ratios = [theirs / own for theirs, own in zip(seconds, times[peers.OURS], strict=True)]
             rows[name] = {"seconds": median(seconds), "ratio": median(ratios), "rounds": len(seconds)}

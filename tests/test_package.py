@@ -189,7 +189,8 @@ ROWS = [
     ("fusion",),
     ("quantization", "plan"),
     ("export", "analysis", "utils"),
-    ("cli", "demo"),
+    ("demo",),
+    ("cli",),
     ("",),
 ]
 """From the ground up; a module imports from the rows below its own and from its own package. More exact names come first."""

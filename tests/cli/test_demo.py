@@ -1,6 +1,8 @@
 """The demo: its parts on outputs made by hand, and the whole of it on the real network and photo."""
 
 import math
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from typer.testing import CliRunner
 
 from horizon_plugin_pytorch import demo
 from horizon_plugin_pytorch.cli.app import app
+from horizon_plugin_pytorch.demo import openvino
 
 
 def outputs_with(*faces, cells=16):
@@ -85,9 +88,34 @@ def test_demo_finds_the_same_face_before_and_after(tmp_path):
     path = tmp_path / "faces.png"
     result = CliRunner().invoke(app, ["demo", "--output", str(path), "--repeats", "1"])
     assert result.exit_code == 0, result.output
-    for title in ("Operators", "Largest difference", "Latency", "Faces"):
+    for title in ("Operators", "Largest difference", "Time per image", "Faces"):
         assert title in result.output
+    backend = re.search(r"^backend (\w+): ", result.output, re.MULTILINE)
+    assert f"0 of 245760 output elements differ between the {backend[1]} backend and the reference" in result.output
     assert np.asarray(Image.open(path)).shape == (540, 1024, 3)
+
+
+def test_openvino_that_is_not_there_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    image = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(openvino.NotInstalledError, match=r"not installed \(pip install openvino nncf\)"):
+        openvino.detectors(torch.nn.Identity(), [image], image, threads=1)
+
+
+def test_openvino_computes_the_network():
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 2, 1)).eval()
+    image = torch.randn(1, 3, 32, 32)
+    detectors = openvino.detectors(model, [image, -image], image, threads=1)
+    with torch.inference_mode():
+        expected = model(image)
+        decibels = {name: demo.sqnr(expected, detector(image)[0]) for name, detector in detectors.items()}
+    assert decibels.pop("OpenVINO float32") > 100
+    assert {"OpenVINO int8"} <= set(decibels) <= {"OpenVINO int8", "OpenVINO bfloat16"}
+    assert all(20 < value < 80 for value in decibels.values())
 
 
 def test_fused_network_finds_the_astronaut(tmp_path):

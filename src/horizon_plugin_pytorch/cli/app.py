@@ -133,14 +133,16 @@ def run(
 
     A float model is quantized first, with random numbers: for its time, not for its outputs.
     """
-    from .latency import latency_table, measure, output_table
+    from horizon_plugin_pytorch.utils.timing import take_turns
+
+    from .latency import latency_table, output_table
 
     console = Console(width=get_terminal_size(fallback=(140, 24)).columns, highlight=False)
     with _running(program, inputs, backend, threads) as (loaded, runner):
         outputs = runner(*loaded.inputs)
         console.print(runner.report, markup=False)
         console.print(output_table(outputs))
-        console.print(latency_table(measure({runner.backend: lambda: runner(*loaded.inputs)}, repeats)))
+        console.print(latency_table(take_turns({runner.backend: lambda: runner(*loaded.inputs)}, repeats)))
 
 
 @app.command(
@@ -161,8 +163,9 @@ def bench(
     import torch
 
     from horizon_plugin_pytorch.plan.profile import profile
+    from horizon_plugin_pytorch.utils.timing import take_turns
 
-    from .latency import latency_table, measure, step_table
+    from .latency import latency_table, step_table
 
     console = Console(width=get_terminal_size(fallback=(140, 24)).columns, highlight=False)
     if threads is not None:
@@ -171,7 +174,7 @@ def bench(
         forwards = {f"int8, {runner.backend}": lambda: runner(*loaded.inputs)}
         if loaded.float_model is not None:
             forwards["float, PyTorch eager"] = lambda: loaded.float_model(*loaded.inputs)  # type: ignore[misc]
-        times = measure(forwards, repeats)
+        times = take_turns(forwards, repeats)
         console.print(runner.report, markup=False)
         console.print(latency_table(times))
         if steps:
@@ -183,9 +186,9 @@ def demo(
     output: Annotated[Path, typer.Option(metavar="PATH", help="Where to write the picture.", dir_okay=False)] = Path(
         "demo.png"
     ),
-    repeats: Annotated[int, typer.Option(min=1, help="How many runs each latency is the median of.")] = 15,
+    repeats: Annotated[int, typer.Option(min=1, help="How many rounds the times are medians of.")] = 15,
 ) -> None:
-    """Fuse a trained face detector, compare it with what it was, and draw the faces both find in a photo.
+    """Fuse a trained face detector, quantize it, time it beside float and OpenVINO, and draw the faces found in a photo.
 
     Needs the extra: pip install 'horizon_plugin_pytorch\\[demo]'
     """

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,19 +13,7 @@ from torch import Tensor
 from horizon_plugin_pytorch.plan.profile import StepTime
 
 
-def measure(forwards: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
-    """Seconds of `repeats` calls of each, taking turns; two calls before that do not count."""
-    times: dict[str, list[float]] = {name: [] for name in forwards}
-    for i in range(repeats + 2):
-        for name, forward in forwards.items():
-            start = time.perf_counter()
-            forward()
-            if i >= 2:
-                times[name].append(time.perf_counter() - start)
-    return {name: np.array(seconds) for name, seconds in times.items()}
-
-
-def latency_table(times: Mapping[str, np.ndarray]) -> Table:
+def latency_table(times: Mapping[str, Sequence[float]]) -> Table:
     """A row per candidate; the ratio is to the first, of medians."""
     table = Table("", *("median, ms", "p10", "p90", "ratio"), box=None)
     for column in table.columns[1:]:
