@@ -25,7 +25,8 @@ class Runner:
     other: all state is local to the call, but for the constants, which are only read.
 
     The kernels run in forked processes, too. A step that runs in PyTorch may hang there with more than one thread, as all of PyTorch's
-    parallel operators do once the parent has used them: compile with ``threads=1``, or start processes by spawning.
+    parallel operators do once the parent has used them: compile with ``threads=1``, or start processes by spawning. A pickled runner is its
+    plan and how it was compiled; what is packed and measured is made again where it is loaded.
 
     Attributes:
         backend: ``cpu``: native kernels for tensors on the CPU. ``reference``: PyTorch, on any device (constants follow).
@@ -38,7 +39,7 @@ class Runner:
         if threads is not None and threads < 1:
             raise PlanError(f"threads must be at least 1, not {threads}")
         self.plan, self.threads = plan, threads
-        self._auto = backend == "auto"
+        self._asked = backend
         self._native: _Native | None = None
         self.backend, why = "reference", "as asked"
         if backend in ("auto", "cpu"):
@@ -57,6 +58,9 @@ class Runner:
         self._elsewhere: set[str] = set()
         self._constants: dict[torch.device, dict[str, Tensor]] = {}
         self._last_use = _last_uses(plan)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Runner, (self.plan, self._asked, self.threads)
 
     @property
     def report(self) -> str:
@@ -88,7 +92,7 @@ class Runner:
         """The kernels, if they run tensors on `device`; None for the reference."""
         if self._native is None or device.type == "cpu":
             return self._native
-        if not self._auto:
+        if self._asked != "auto":
             raise PlanError(
                 f"backend 'cpu' runs tensors on the CPU; the inputs are on {device}: compile with 'reference'"
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -158,6 +160,80 @@ def test_runners_in_a_forked_child(tmp_path: Path) -> None:
     command = [sys.executable, "-c", IN_A_FORKED_CHILD, str(tmp_path / "plan.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+IN_SPAWNED_CHILDREN = """
+import sys
+import torch
+import horizon_plugin_pytorch as horizon
+
+class Outputs(torch.utils.data.Dataset):
+    \"\"\"What a runner makes of each input; the runner is this process's, or made by whoever first needs it.\"\"\"
+
+    def __init__(self, runner, plan, inputs):
+        self.runner, self.plan, self.inputs = runner, plan, inputs
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, i):
+        if self.runner is None:
+            self.runner = self.plan.compile("cpu", threads=1)
+        return self.runner(self.inputs[i])
+
+def main():
+    plan = horizon.plan.load(sys.argv[1])
+    inputs = torch.randn(6, 1, 3, 32, 32)
+    expected = [plan.compile("reference")(x) for x in inputs]
+    runner = plan.compile("cpu", threads=2)
+    runner(inputs[0])
+    for used in (runner, None):
+        loader = torch.utils.data.DataLoader(
+            Outputs(used, plan, inputs), batch_size=None, num_workers=2, multiprocessing_context="spawn"
+        )
+        differing = sum(int((y != e).sum()) for y, e in zip(loader, expected, strict=True))
+        print(differing, "of", sum(e.numel() for e in expected))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@needs_library
+def test_runners_in_spawned_children(tmp_path: Path) -> None:
+    """The workers of a DataLoader: one that is sent there, and one that is made there."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 32, 32)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3)).eval()
+    horizon.plan.record(horizon.quantize(model, [x], progress=False), x).save(tmp_path / "plan.safetensors")
+    (tmp_path / "program.py").write_text(IN_SPAWNED_CHILDREN)  # children import it, so it is a file
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "plan.safetensors")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(horizon.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    assert done.stdout.splitlines() == ["0 of 37632"] * 2, done.stderr
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_a_pickled_runner_is_compiled_as_it_was(recorded: tuple[Plan, Tensor], backend: str) -> None:
+    if backend == "cpu" and library.why_not() is not None:
+        pytest.skip("the CPU kernels were not built")
+    plan, x = recorded
+    runner = plan.compile(backend, threads=2)
+    expected = runner(x)
+    for copied in (pickle.loads(pickle.dumps(runner)), copy.deepcopy(runner)):
+        assert copied.plan == plan and copied.threads == 2 and copied.report.startswith(runner.report.splitlines()[0])
+        assert plans.differing(copied(x), expected) == 0
+
+
+def test_a_pickled_runner_says_that_its_backend_is_not_there(
+    recorded: tuple[Plan, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if library.why_not() is not None:
+        pytest.skip("the CPU kernels were not built")
+    pickled = pickle.dumps(recorded[0].compile("cpu"))
+    monkeypatch.setattr(library, "why_not", lambda: "not built")
+    with pytest.raises(PlanError, match="backend 'cpu' is not available: not built"):
+        pickle.loads(pickled)
 
 
 @needs_library
