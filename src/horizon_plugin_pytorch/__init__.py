@@ -13,5 +13,5 @@ __getattr__, __dir__, __all__ = lazy_names(
         "horizon_plugin_pytorch.errors": ["FusionError", "QuantizationError"],
         "horizon_plugin_pytorch.quantization.quantize": ["quantize"],
     },
-    submodules=["fusion", "nn", "plan", "qat_mode", "quantization", "utils"],
+    submodules=["export", "fusion", "nn", "plan", "qat_mode", "quantization", "utils"],
 )

@@ -12,10 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from horizon_plugin_pytorch.export.plain import floats, run_plain_step
+from horizon_plugin_pytorch.export.errors import ExportError
+from horizon_plugin_pytorch.export.traced import TracedQTensor
+from horizon_plugin_pytorch.nn.quantized.qtensor import dequantize
 from horizon_plugin_pytorch.plan.module import require_tensors
 from horizon_plugin_pytorch.plan.program import Plan, PlanError
-from horizon_plugin_pytorch.plan.steps import fill
+from horizon_plugin_pytorch.plan.steps import fill, run_step
 
 Ops = Literal["aten", "horizon"]
 
@@ -39,32 +41,33 @@ def to_torch_export(
             then `dynamic_batch` does not count.
 
     Raises:
-        PlanError: a step that cannot be exported, or not with these sizes left open, naming it; an output that is not a tensor;
-            with ``aten``, a step on an operator that is not PyTorch's own.
+        ExportError: a step that cannot be exported, or not with these sizes left open, naming it; an output that is not a tensor.
     """
     if ops not in ("aten", "horizon"):
-        raise PlanError(f"ops is 'aten' or 'horizon', not {ops!r}")
-    require_tensors(plan)
-    module = _Steps(plan) if ops == "aten" else plan.as_module()
+        raise ExportError(f"ops is 'aten' or 'horizon', not {ops!r}")
+    fixed: list[str] = []  # the steps after which a size that was to stay open has a fixed value
+    try:
+        module = _Steps(plan, fixed.append) if ops == "aten" else plan.as_module()
+    except PlanError as error:  # an output
+        raise ExportError(f"{plan.model} cannot be exported: {error}") from None
     module.forward = _named(module.forward, plan.inputs)
     dynamic = _dynamic(plan, dynamic_batch) if dynamic_shapes is None else dynamic_shapes
     try:
         with torch.no_grad():
             program = torch.export.export(module, _examples(plan, dynamic), dynamic_shapes=dynamic, strict=False)
-            return program.run_decompositions(_LEFT_OUT)  # and without contexts and changes in place
-    except PlanError:
+    except ExportError:
         raise
     except Exception as error:
-        where = getattr(module, "fixed", None)
-        why = f"step {where} needs a size of an input that was to stay open: " if where else ""
-        raise PlanError(f"{plan.model} cannot be exported with these sizes left open: {why}{error}") from error
+        why = f"step {fixed[0]} fixes a size of an input: " if fixed else ""
+        raise ExportError(f"{plan.model} cannot be exported with these sizes left open: {why}{error}") from error
+    return _without_conversions(program)
 
 
 def save(plan: Plan, path: str | Path, *, ops: Ops = "aten", dynamic_batch: bool = True) -> None:
     """Write `to_torch_export` of the plan to a file; one that is there is replaced only when the new one is complete.
 
     Raises:
-        PlanError: see `to_torch_export`.
+        ExportError: see `to_torch_export`.
     """
     path = Path(path)
     part = path.with_name(f"{path.stem}.part.pt2")
@@ -76,16 +79,17 @@ def save(plan: Plan, path: str | Path, *, ops: Ops = "aten", dynamic_batch: bool
 
 
 class _Steps(nn.Module):
-    """The plan's steps, one after the other, on plain tensors; buffers are its constants, ``.`` in their names written ``/``.
+    """The plan's steps, one after the other; buffers are its constants, ``.`` in their names written ``/``.
 
-    Attributes:
-        fixed: the first step after which a size of an input that was to stay open has a fixed value.
+    Args:
+        say_fixed: called with every step after which a size that is a symbol in some input is fixed.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, say_fixed: Callable[[str], None]) -> None:
         super().__init__()
+        require_tensors(plan)
         self.plan = plan
-        self.fixed: str | None = None
+        self.say_fixed = say_fixed
         self.constants = nn.Module()
         for name, tensor in plan.constants.items():
             self.constants.register_buffer(_key(name), tensor)
@@ -97,13 +101,12 @@ class _Steps(nn.Module):
         for i, step in enumerate(self.plan.steps):
             where = f"{i} ({step.name!r}, {step.target or step.kind})"
             try:
-                with torch.fx.traceback.annotate({"step": step.name}):
-                    values.append(run_plain_step(step, values.__getitem__, constants))
+                values.append(run_step(step, values.__getitem__, constants, TracedQTensor.make))
             except Exception as error:
-                raise PlanError(f"step {where} cannot be exported: {error}") from error
-            if self.fixed is None and any(_is_fixed(x.shape[d]) for x, d in open_sizes):
-                self.fixed = where
-        return floats(fill(self.plan.outputs, values.__getitem__, constants))
+                raise ExportError(f"step {where} cannot be exported: {error}") from error
+            if any(_is_fixed(x.shape[d]) for x, d in open_sizes):
+                self.say_fixed(where)
+        return dequantize(fill(self.plan.outputs, values.__getitem__, constants))
 
 
 def _key(constant: str) -> str:
@@ -114,8 +117,22 @@ def _is_fixed(size: Any) -> bool:
     return not isinstance(size, torch.SymInt) or size.node.expr.is_number
 
 
-# What `Tensor.to` leaves behind, which would tie the program to the CPU.
-_LEFT_OUT: dict[Any, Any] = {torch.ops.aten._assert_tensor_metadata.default: lambda *args, **kwargs: None}
+def _without_conversions(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Without what conversions that change nothing leave behind: half of the nodes, and they name the device of the export."""
+    aten = torch.ops.aten
+    for node in list(program.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            program.graph.erase_node(node)
+        elif getattr(node.target, "overloadpacket", None) is aten.to and not {"copy", "memory_format"} & set(
+            node.kwargs
+        ):
+            x = node.args[0]
+            before, after = x.meta["val"], node.meta["val"]
+            if before.dtype == after.dtype and before.device == after.device:
+                node.replace_all_uses_with(x)
+                program.graph.erase_node(node)
+    program.graph_module.recompile()
+    return program
 
 
 def _named(forward: Callable[..., Any], inputs: Sequence[str]) -> Callable[..., Any]:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .shapes import without_gradients
+
 # How many elements a chain of elementwise operations takes at a time on the CPU: per thread, so that they stay in its
 # cache, and at most, because the C library maps larger buffers anew each time, at more cost than the work itself.
 BLOCK = 2**16
@@ -61,7 +63,7 @@ def dequantize(q: Tensor, scale: Tensor, axis: int | None = None) -> Tensor:
     return q.to(torch.float32) * along(scale, q, axis, "scale")
 
 
-@torch.no_grad()
+@without_gradients
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """``a * b + c`` of float32 tensors (broadcast), rounded once to float32, as a hardware fused multiply-add.
 
@@ -85,7 +87,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return (bits + step).view(torch.float64).to(torch.float32)
 
 
-@torch.no_grad()
+@without_gradients
 def scale_ratio(s: Tensor, t: Tensor | None = None, *, over: Tensor | None = None) -> Tensor:
     """``float32(s * t / over)``: float64, where the product is exact, rounded once at its end; on `s`'s device."""
     value = s.to(torch.float64)
@@ -126,7 +128,7 @@ def group_multipliers(
     )
 
 
-@torch.no_grad()
+@without_gradients
 def epilogue(
     acc: Tensor,
     m: Tensor,
@@ -219,7 +221,7 @@ def per_output(s_x: Tensor, channels: int) -> Tensor:
     return s_x.repeat_interleave(channels // s_x.numel())
 
 
-@torch.no_grad()
+@without_gradients
 def divide_and_round(x: Tensor, scale: Tensor, lo: int, hi: int, dtype: torch.dtype, check: bool) -> Tensor:
     """``clamp(round_half_even(float32(x) / scale), lo, hi)``, `scale` shaped to broadcast; checks as in `quantize`."""
     exporting = (

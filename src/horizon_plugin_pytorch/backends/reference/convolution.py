@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arithmetic import integer_range
-from .shapes import Ints, as_tuple
+from .shapes import Ints, as_tuple, without_autocast, without_gradients
 from .weights import largest_input, output_channels_first
 
 EXACT = 2**24
@@ -96,6 +96,7 @@ def linear(x_q: Tensor, w_q: Tensor, bias_q: Tensor | None = None) -> Tensor:
     return acc if bias_q is None else acc.add_(bias_q)
 
 
+@without_gradients
 def _accumulate(
     sum_products: Callable[[Tensor, Tensor], Tensor],
     x_q: Tensor,
@@ -108,8 +109,7 @@ def _accumulate(
     if w_q.dtype != torch.int8:
         raise ValueError(f"weights are torch.int8, not {w_q.dtype}")
     integer_range(x_q.dtype)
-    # Autocast would hand bfloat16 results back.
-    with torch.no_grad(), torch.autocast(x_q.device.type, enabled=False):
+    with without_autocast(x_q.device.type):  # it would hand bfloat16 results back
         run = None
         if x_q.device.type == "cpu" and not torch.compiler.is_exporting():
             w = w_q.to(torch.float32)

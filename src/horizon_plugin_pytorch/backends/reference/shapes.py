@@ -1,12 +1,17 @@
-"""Small things about shapes and layouts that several operators share."""
+"""Small things that several operators share: arguments per dimension, layouts, arithmetic without gradients and autocast."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Ints = int | Sequence[int]
 
 
@@ -25,3 +30,21 @@ def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
         if x.dim() == dims and x.is_contiguous(memory_format=layout) and not x.is_contiguous():
             return y.contiguous(memory_format=layout)
     return y
+
+
+def without_gradients(function: Callable[P, T]) -> Callable[P, T]:
+    """`torch.no_grad`, where gradients are on: `torch.export` writes down every switch, needed or not."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """The precision as written; likewise, where autocast is on."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
