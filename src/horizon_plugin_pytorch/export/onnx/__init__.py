@@ -1,0 +1,1 @@
+"""A plan as an ONNX model, written node by node: `write.to_onnx`."""

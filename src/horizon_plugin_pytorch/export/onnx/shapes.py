@@ -1,0 +1,107 @@
+"""Which sizes of a plan's values depend on the inputs' sizes, found by running its shapes at several of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from horizon_plugin_pytorch.export.errors import ExportError
+from horizon_plugin_pytorch.plan import Plan, PlanError
+
+
+class NeedsFixedSize(ExportError):
+    """Something that ONNX can say only where a size is known."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            what if "dynamic_size" in what else f"{what} needs sizes that are known: export with dynamic_size=False"
+        )
+
+
+AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+Sizes = tuple[int | None, ...]
+
+
+def input_sizes(plan: Plan, batch: bool, size: bool) -> list[Sizes]:
+    """The recorded shapes of the inputs, None where they may vary: dimension 0, and those from 2 on."""
+    return [
+        tuple(
+            None if (d == 0 and batch and len(value.shape) > 1) or (d > 1 and size) else n
+            for d, n in enumerate(value.shape)
+        )
+        for value in plan.values[: len(plan.inputs)]
+    ]
+
+
+class Shapes:
+    """The shapes of every value, for the recorded inputs and for inputs that differ from those in one way at a time.
+
+    Raises:
+        PlanError: the plan does not accept such inputs.
+    """
+
+    def __init__(self, plan: Plan, inputs: list[Sizes]) -> None:
+        from horizon_plugin_pytorch.plan.native.shapes import infer
+
+        values = plan.values[: len(plan.inputs)]
+        recorded = [value.shape for value in values]
+        kinds = sorted({d for sizes in inputs for d, n in enumerate(sizes) if n is None})
+        trials = [recorded]
+        for kind in kinds:
+            trials.append(
+                [
+                    tuple(2 * n if d == kind and sizes[d] is None else n for d, n in enumerate(shape))
+                    for shape, sizes in zip(recorded, inputs, strict=True)
+                ]
+            )
+        self.runs = [
+            infer(plan, [(shape, getattr(torch, v.dtype)) for shape, v in zip(trial, values, strict=True)])
+            for trial in trials
+        ]
+        self.batch_run = 1 if kinds and kinds[0] == 0 else None
+
+    def meta(self, value: int) -> Any:
+        """The value for the recorded inputs: a tensor without data, a tuple of these, or what is no tensor."""
+        return self.runs[0][value]
+
+    def of(self, value: int, item: int | None = None) -> Sizes:
+        """The shape of a tensor (or of the tensor `item` of a tuple), None where it varies."""
+        found = [run[value] if item is None else tree_leaves(run[value])[item] for run in self.runs]
+        shapes = [tuple(x.shape) for x in found]
+        return tuple(ns[0] if len(set(ns)) == 1 else None for ns in zip(*shapes, strict=True))
+
+    def symbols(self, value: int, name: str) -> list[int | str]:
+        """The shape with names in place of what varies: `batch` where it varies as the batch does, else a name of its own."""
+        shape: list[int | str] = []
+        for d, n in enumerate(self.of(value)):
+            varies = [run[value].shape[d] != self.runs[0][value].shape[d] for run in self.runs]
+            only_batch = self.batch_run is not None and [i for i, v in enumerate(varies) if v] == [self.batch_run]
+            same = only_batch and self.runs[0][value].shape[d] == self.runs[0][0].shape[0]
+            shape.append(n if n is not None else "batch" if same else f"{name}_{d}")
+        return shape
+
+
+def find_shapes(plan: Plan, batch: bool, size: bool) -> tuple[Shapes, list[Sizes]]:
+    """The shapes of `plan` where what is asked for may vary.
+
+    Raises:
+        ExportError: the plan does not accept other sizes, saying at which step and what to do; NeedsFixedSize where it does accept other
+            batch sizes, if those are asked for.
+    """
+    sizes = input_sizes(plan, batch, size)
+    try:
+        return Shapes(plan, sizes), sizes
+    except PlanError as error:
+        if size:
+            find_shapes(plan, batch, False)  # if this fails, too, its reason is the one to tell
+            raise NeedsFixedSize(
+                f"{plan.model} does not accept another image size than recorded: {error}; export with dynamic_size=False"
+            ) from error
+        if batch:
+            raise ExportError(
+                f"{plan.model} does not accept another batch size than recorded: {error}; export with dynamic_batch=False"
+            ) from error
+        raise ExportError(f"{plan.model} has shapes that depend on data: {error}") from error

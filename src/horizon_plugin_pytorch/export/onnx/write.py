@@ -1,0 +1,155 @@
+"""`to_onnx`: from a plan to a file that other runtimes run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+from onnx import helper
+
+import horizon_plugin_pytorch
+from horizon_plugin_pytorch.export.errors import ExportError
+from horizon_plugin_pytorch.export.onnx.graph import HIGHEST_OPSET, LOWEST_OPSET, Graph, NeedsOpset
+from horizon_plugin_pytorch.export.onnx.lowering import FORMS, Lowering, element_type, named_outputs
+from horizon_plugin_pytorch.export.onnx.shapes import AXES, NeedsFixedSize, Shapes, Sizes, find_shapes
+from horizon_plugin_pytorch.plan import Plan, PlanError
+from horizon_plugin_pytorch.plan.store import validate
+
+Form = Literal["qdq", "qoperator", "float"]
+
+
+def to_onnx(
+    plan: Plan,
+    path: str | Path,
+    *,
+    form: Form = "qdq",
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_batch: bool = True,
+    dynamic_size: bool | None = None,
+) -> Path:
+    """Write `plan` as an ONNX model.
+
+    Args:
+        plan: from `horizon.plan.record` or `load`.
+        path: of the file; one that is there is replaced only when the new one is complete.
+        form: ``qdq``: float operators between DequantizeLinear and QuantizeLinear, which runtimes fuse to integer ones; int8
+            weights with one scale per output channel, int32 biases. ``qoperator``: QLinearConv, ConvInteger, MatMulInteger.
+            ``float``: float32 throughout, weights dequantized.
+        input_names: of the inputs; as the model's arguments if left out.
+        output_names: of the outputs, in the order in which the model returns them, dicts by their keys; keys, or the modules that
+            make them, if left out.
+        dynamic_batch: the first dimension of the inputs may have any size.
+        dynamic_size: the dimensions of the inputs from the third on may have any size. None: if the plan and ONNX allow it.
+
+    Returns:
+        `path`. The file's metadata has the package's version, the model's class, the form, and in ``horizon.scales`` the scale and dtype of
+        every tensor that was quantized, as JSON. Outputs that are integers in the plan are the float32 values they stand for.
+
+    Raises:
+        ExportError: a step has no form in ONNX, the plan is not valid or does not accept other sizes; no file is written.
+        MissingExtraError: ``onnx`` is not installed.
+        OSError: the file cannot be written.
+    """
+    if form not in FORMS:
+        raise ExportError(f"form {form!r} is not one of {', '.join(FORMS)}")
+    try:
+        validate(plan)
+    except PlanError as error:
+        raise ExportError(f"the plan is not valid: {error}") from error
+    model = build(plan, form, input_names, output_names, dynamic_batch, dynamic_size)
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(model.SerializeToString())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def build(
+    plan: Plan,
+    form: str,
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+    dynamic_batch: bool,
+    dynamic_size: bool | None,
+) -> onnx.ModelProto:
+    """The checked model; arguments as `to_onnx`."""
+    names = list(input_names or plan.inputs)
+    if len(names) != len(plan.inputs) or len({*names, *(output_names or ())}) != len(names) + len(output_names or ()):
+        raise ExportError(
+            f"{plan.model} takes {', '.join(plan.inputs)}: give as many input_names, and no name twice, also not an output's"
+        )
+    if dynamic_size is None:
+        try:
+            return _model(plan, form, names, output_names, *find_shapes(plan, dynamic_batch, True))
+        except NeedsFixedSize:
+            dynamic_size = False
+    return _model(plan, form, names, output_names, *find_shapes(plan, dynamic_batch, dynamic_size))
+
+
+def _model(
+    plan: Plan, form: str, names: list[str], output_names: Sequence[str] | None, shapes: Shapes, sizes: list[Sizes]
+) -> onnx.ModelProto:
+    opset = LOWEST_OPSET
+    while True:
+        graph = Graph(opset)
+        lowering = Lowering(plan, shapes, form, graph)
+        try:
+            outputs = lowering.run(names, None if output_names is None else list(output_names))
+            break
+        except NeedsOpset as needed:
+            opset = needed.opset
+            assert opset <= HIGHEST_OPSET
+    made = helper.make_graph(
+        graph.nodes,
+        plan.model,
+        [_input(name, shapes.meta(i), s, len(names)) for i, (name, s) in enumerate(zip(names, sizes, strict=True))],
+        [
+            helper.make_tensor_value_info(name, element_type(shapes.meta(ref.value)), shapes.symbols(ref.value, name))
+            for name, (_, ref) in zip(outputs, named_outputs(plan), strict=True)
+        ],
+        initializer=graph.tensors(),
+    )
+    opsets = [helper.make_opsetid("", opset)]
+    model = helper.make_model(
+        made, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets),
+        producer_name="horizon_plugin_pytorch", producer_version=horizon_plugin_pytorch.__version__,
+    )  # fmt: skip
+    helper.set_model_props(model, _metadata(plan, form))
+    try:
+        onnx.checker.check_model(model, full_check=True)
+        return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{plan.model} became an ONNX model that is not valid: {error}") from error
+
+
+def _input(name: str, meta: Any, sizes: Sizes, inputs: int) -> onnx.ValueInfoProto:
+    prefix = f"{name}_" if inputs > 1 else ""
+    spatial = AXES.get(len(sizes) - 2, ())
+    shape = [
+        n if n is not None else "batch" if d == 0 else prefix + (spatial[d - 2] if spatial else f"size_{d}")
+        for d, n in enumerate(sizes)
+    ]
+    return helper.make_tensor_value_info(name, element_type(meta), shape)
+
+
+def _metadata(plan: Plan, form: str) -> dict[str, str]:
+    scales = {
+        value.scale: {"scale": plan.constants[value.scale].tolist(), "dtype": value.dtype}
+        for value in plan.values
+        if value.scale is not None
+    }
+    return {
+        "horizon.version": horizon_plugin_pytorch.__version__,
+        "horizon.model": plan.model,
+        "horizon.form": form,
+        "horizon.scales": json.dumps(scales),
+    }
+
+
