@@ -40,6 +40,7 @@ enum hz_kind {
   HZ_MAX_POOL = 10,  // hz_pool
   HZ_AVG_POOL = 11,  // hz_pool
   HZ_UPSAMPLE = 12,  // hz_upsample: nearest
+  HZ_INTERPOLATE = 13, // hz_interpolate: linear, bilinear
 };
 
 typedef struct {
@@ -94,7 +95,7 @@ typedef struct {
   int32_t rows;            // tiles of 16 pixels per block (AMX), 1..4; pixels per block on other instruction sets; 0: default
   int32_t columns;         // tiles of 16 channels per block, 1..4; 0: default
   int32_t by_channels;     // 1: threads share the output channels, 0: the pixels
-  int32_t pixels_inside;   // 1: for each block of channels, all pixels; 0: for each block of pixels, all channels
+  int32_t pixels_inside;   // 1: for each block of channels, all pixels; 0: for each few blocks of pixels, all channels
 } hz_conv;
 
 // Depthwise: output channel c reads input channel c. Output pixel (y, x) reads rows y * stride_y + i * dilation_y of the padded input.
@@ -152,6 +153,18 @@ typedef struct {
   int32_t bytes;                          // of a pixel's channels
   const int32_t *from[3];
 } hz_upsample;
+
+// out[0][y][x] = round(float32(sum of in[0][place[0][y][i]][place[1][x][j]] * weight[0][y][i] * weight[1][x][j] over i and j) * m), all
+// channels. The weights of an output are not negative and add up to at most 2^22, and to 1 / m at most.
+typedef struct {
+  hz_ref in, out;
+  int64_t images, in_image, out_image;
+  int64_t in_stride[3], out_stride[3];
+  int32_t out_size[3];                    // the first is 1
+  int32_t channels;
+  const int32_t *place[2], *weight[2];    // rows and columns: [out_size][2]
+  float m;
+} hz_interpolate;
 
 typedef struct {
   int32_t kind;     // hz_kind

@@ -200,7 +200,8 @@ void run_op(const Tier &tier, const hz_op &op, Slots slots, Part part) {
   case HZ_ZERO: return zero(*static_cast<const hz_zero *>(op.params), slots, part);
   case HZ_MAX_POOL: return tier.max_pool(*static_cast<const hz_pool *>(op.params), slots, part);
   case HZ_AVG_POOL: return tier.avg_pool(*static_cast<const hz_pool *>(op.params), slots, part);
-  case HZ_UPSAMPLE: return tier.upsample(*static_cast<const hz_upsample *>(op.params), slots, part);
+  case HZ_UPSAMPLE:
+  case HZ_INTERPOLATE: return tier.upsample(op, slots, part);
   default: return tier.elementwise(op.kind, *static_cast<const hz_elementwise *>(op.params), slots, part);
   }
 }
@@ -280,7 +281,7 @@ void run_shared(const hz_program &program, void *const *slots, const Tier &tier,
 
 const Tier *usable(int isa) { return isa < 0 || isa >= isa_count || isa > machine_isa() ? nullptr : isas[isa].tier; }
 
-bool known(const hz_op &op) { return op.kind >= HZ_CONV && op.kind <= HZ_UPSAMPLE && op.params; }
+bool known(const hz_op &op) { return op.kind >= HZ_CONV && op.kind <= HZ_INTERPOLATE && op.params; }
 
 struct Free {
   void operator()(uint8_t *p) const { std::free(p); }

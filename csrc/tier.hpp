@@ -25,7 +25,7 @@ struct Tier {
   void (*elementwise)(int kind, const hz_elementwise &, Slots, Part);
   void (*max_pool)(const hz_pool &, Slots, Part);
   void (*avg_pool)(const hz_pool &, Slots, Part);
-  void (*upsample)(const hz_upsample &, Slots, Part);
+  void (*upsample)(const hz_op &, Slots, Part); // nearest or linear
   void (*begin)(); // before a thread's first operation and after its last; may be null
   void (*end)();
 };

@@ -35,6 +35,7 @@ struct One {
   using Int = int32_t;
   Float set(float x) const { return x; }
   Int zero() const { return 0; }
+  Int whole(int32_t x) const { return x; }
   template <int T> Int ints(const uint8_t *p) const { return T == HZ_S8 ? int8_t(*p) : *p; }
   template <int T> Float floats(const uint8_t *p) const {
     if constexpr (T != HZ_F32) return Float(ints<T>(p));
@@ -78,6 +79,7 @@ struct Wide {
   using Int = __m512i;
   Float set(float x) const { return _mm512_set1_ps(x); }
   Int zero() const { return _mm512_setzero_si512(); }
+  Int whole(int32_t x) const { return _mm512_set1_epi32(x); }
   static Int widen(__m128i bytes, bool is_signed) { return is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes); }
   template <int T> Int ints(const uint8_t *p) const { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)), T == HZ_S8); }
   template <int T> Float floats(const uint8_t *p) const {
@@ -145,6 +147,7 @@ struct Wide {
   using Int = __m256i;
   Float set(float x) const { return _mm256_set1_ps(x); }
   Int zero() const { return _mm256_setzero_si256(); }
+  Int whole(int32_t x) const { return _mm256_set1_epi32(x); }
   template <int T> Int ints(const uint8_t *p) const {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
     return T == HZ_S8 ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes);

@@ -161,6 +161,23 @@ inline void upsample(const hz_upsample &p, Slots slots) {
         }
 }
 
+inline void interpolate(const hz_interpolate &p, Slots slots) {
+  for (int64_t n = 0; n < p.images; ++n)
+    for (int y = 0; y < p.out_size[1]; ++y)
+      for (int x = 0; x < p.out_size[2]; ++x)
+        for (int c = 0; c < p.channels; ++c) {
+          int32_t sum = 0;
+          for (int i = 0; i < 2; ++i)
+            for (int j = 0; j < 2; ++j) {
+              const uint8_t *q = at(p.in, slots) + n * p.in_image + p.place[0][2 * y + i] * p.in_stride[1] +
+                                 p.place[1][2 * x + j] * p.in_stride[2] + c;
+              sum += (p.in.dtype == HZ_S8 ? int8_t(*q) : *q) * p.weight[0][2 * y + i] * p.weight[1][2 * x + j];
+            }
+          uint8_t *out = at(p.out, slots) + n * p.out_image + y * p.out_stride[1] + x * p.out_stride[2] + c;
+          *out = uint8_t(int32_t(std::nearbyint(float(sum) * p.m)));
+        }
+}
+
 inline void run(const hz_op &op, Slots slots) {
   switch (op.kind) {
   case HZ_CONV: return conv(*static_cast<const hz_conv *>(op.params), slots);
@@ -168,6 +185,7 @@ inline void run(const hz_op &op, Slots slots) {
   case HZ_ZERO: return zero(*static_cast<const hz_zero *>(op.params), slots);
   case HZ_MAX_POOL:
   case HZ_AVG_POOL: return pool(op.kind, *static_cast<const hz_pool *>(op.params), slots);
+  case HZ_INTERPOLATE: return interpolate(*static_cast<const hz_interpolate *>(op.params), slots);
   case HZ_UPSAMPLE: return upsample(*static_cast<const hz_upsample *>(op.params), slots);
   default: return elementwise(op.kind, *static_cast<const hz_elementwise *>(op.params), slots);
   }

@@ -65,6 +65,7 @@ public:
     case HZ_MAX_POOL:
     case HZ_AVG_POOL: pool(kind); break;
     case HZ_UPSAMPLE: upsample(); break;
+    case HZ_INTERPOLATE: interpolate(); break;
     default: elementwise(kind);
     }
     if (ops.size() > before && random.chance(50)) ops.back().barrier = wait();
@@ -497,6 +498,37 @@ private:
     std::copy(y.stride + 1, y.stride + 4, p.out_stride);
     p.bytes = int32_t(x.size[4] * (x.ref.dtype == HZ_F32 ? 4 : 1));
     push(HZ_UPSAMPLE, p);
+    values.push_back(y);
+  }
+
+  void interpolate() {
+    const Value x = some([](const Value &v) { return v.channels_last() && v.ref.dtype != HZ_F32 && v.size[1] == 1; });
+    if (!x.channels_last() || x.ref.dtype == HZ_F32 || x.size[1] != 1) return;
+    hz_interpolate p{};
+    Size size = size_of(x);
+    p.out_size[0] = 1;
+    for (int d = 0; d < 2; ++d) {
+      const int64_t length = x.size[2 + d], longer = random.between(1, length > 20 ? length : 3 * length);
+      std::vector<int32_t> place, weight;
+      for (int64_t i = 0; i < longer; ++i) {
+        const int32_t w = int32_t(random.chance(50) ? random.between(0, 4) * 512 : random.between(0, 2048));
+        for (int k = 0; k < 2; ++k) place.push_back(int32_t(random.between(0, length - 1)));
+        weight.push_back(2048 - w);
+        weight.push_back(w);
+      }
+      size[size_t(2 + d)] = longer;
+      p.out_size[1 + d] = int32_t(longer);
+      p.in_stride[1 + d] = x.stride[2 + d];
+      p.place[d] = keep(place), p.weight[d] = keep(weight);
+    }
+    const Value y = out(x.ref.dtype, size);
+    p.images = x.size[0];
+    p.in = x.ref, p.out = y.ref;
+    p.in_image = x.stride[0], p.out_image = y.stride[0];
+    std::copy(y.stride + 1, y.stride + 4, p.out_stride);
+    p.channels = int32_t(x.size[4]);
+    p.m = 0x1p-22f;
+    push(HZ_INTERPOLATE, p);
     values.push_back(y);
   }
 

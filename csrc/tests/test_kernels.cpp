@@ -64,7 +64,7 @@ private:
 
 const char *kind_name(int kind) {
   static const char *names[] = {"conv", "depthwise", "zero", "quantize", "dequantize", "copy",    "rescale",
-                                "table", "add",      "mul",  "max_pool", "avg_pool",   "upsample"};
+                                "table", "add",      "mul",  "max_pool", "avg_pool",   "upsample", "interpolate"};
   return names[kind];
 }
 
@@ -109,7 +109,7 @@ std::vector<int> up_to(int best) {
 }
 
 void test_each_operation(int best, int cases) {
-  for (int kind = HZ_CONV; kind <= HZ_UPSAMPLE; ++kind)
+  for (int kind = HZ_CONV; kind <= HZ_INTERPOLATE; ++kind)
     for (int i = 0; i < cases; ++i) {
       const uint64_t seed = uint64_t(kind) * 100000 + uint64_t(i);
       Program program(seed, true);
@@ -122,13 +122,13 @@ void test_programs(int best, uint64_t first, int count) {
   for (int i = 0; i < count; ++i) {
     const uint64_t seed = first + uint64_t(i);
     Program program(seed, false);
-    for (int64_t op = 0, n = program.random.between(2, 8); op < n; ++op) program.add_op(int(program.random.between(HZ_CONV, HZ_UPSAMPLE)));
+    for (int64_t op = 0, n = program.random.between(2, 8); op < n; ++op) program.add_op(int(program.random.between(HZ_CONV, HZ_INTERPOLATE)));
     compare(program, seed, up_to(best), 1 << program.random.between(0, 2));
   }
 }
 
 void long_program(Program &program) {
-  while (program.ops.size() < 8) program.add_op(int(program.random.between(HZ_CONV, HZ_UPSAMPLE)));
+  while (program.ops.size() < 8) program.add_op(int(program.random.between(HZ_CONV, HZ_INTERPOLATE)));
 }
 
 void test_callers(int best) {
@@ -243,7 +243,7 @@ void test_interface(int best) {
   hz_program p = program.program();
   CHECK(hz_run(&p, memory.slots(), 1, -1) == -1 && hz_run(&p, memory.slots(), 1, HZ_AMX + 1) == -1, "instruction sets that are none");
   if (machine < HZ_AMX) CHECK(hz_run(&p, memory.slots(), 1, machine + 1) == -1, "an instruction set that this machine lacks");
-  for (int kind : {-1, HZ_UPSAMPLE + 1}) {
+  for (int kind : {-1, HZ_INTERPOLATE + 1}) {
     const hz_op unknown{kind, 0, program.ops[0].params};
     p.ops = &unknown;
     CHECK(hz_run(&p, memory.slots(), 1, best) == -2, "operation %d", kind);

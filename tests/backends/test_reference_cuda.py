@@ -159,5 +159,7 @@ def test_elementwise_and_layout() -> None:
     for exact in (False, True):
         for target in ({"scale_factor": 2}, {"scale_factor": 1.04}, {"size": (31, 12)}):
             compare(partial(ref.upsample_nearest, exact=exact, **target), b)
+    for corners in (False, True):
+        compare(partial(ref.upsample_linear, size=(31, 12), align_corners=corners), b)
     for mode in ("constant", "reflect", "replicate", "circular"):
         compare(partial(ref.pad, padding=(1, 2, 3, 0), mode=mode), b)

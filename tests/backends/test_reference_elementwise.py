@@ -180,11 +180,77 @@ def test_upsample_in_every_dimension(dims: int, exact: bool, dtype: torch.dtype)
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+def linear_by_definition(row: list[int], out: int, r: float, align_corners: bool, bits: int) -> list[Fraction]:
+    """`row` at `out` places, exactly, but for weights that are rounded to `bits` bits."""
+    values = []
+    for i in range(out):
+        p = i * r if align_corners else max((i + 0.5) * r - 0.5, 0.0)
+        low = min(int(p), len(row) - 1)
+        w = Fraction(round(min(p - low, 1.0) * 2**bits), 2**bits)
+        values.append((1 - w) * row[low] + w * row[min(low + 1, len(row) - 1)])
+    return values
+
+
+@given(
+    length=st.integers(1, 20),
+    out=st.integers(1, 40),
+    factor=st.one_of(st.none(), st.floats(0.3, 4), st.sampled_from([1.0, 1.5, 2.0, 3.0, 1 / 3])),
+    align_corners=st.booleans(),
+    dtype=dtypes,
+    seed=seeds,
+)
+def test_linear_upsample_is_its_definition(
+    length: int, out: int, factor: float | None, align_corners: bool, dtype: torch.dtype, seed: int
+) -> None:
+    if factor is not None:
+        out = int(length * factor)
+        if out < 1:
+            return
+    x = integers((1, 1, length), dtype, seed)
+    r = (length - 1) / max(out - 1, 1) if align_corners else length / out if factor is None else 1 / factor
+    exact = linear_by_definition(x.flatten().tolist(), out, r, align_corners, 22)
+    expected = torch.tensor([round(np.float32(float(v))) for v in exact], dtype=dtype).view(1, 1, -1)
+    target: dict[str, Any] = {"size": out} if factor is None else {"scale_factor": factor}
+    assert differing(ref.upsample_linear(x, **target, align_corners=align_corners), expected) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_bilinear_upsample_of_pytorch(dtype: torch.dtype, align_corners: bool) -> None:
+    """In float64: equal where weights are powers of two, within an eighth of a step where they are not."""
+    x = integers((2, 3, 7, 9), dtype)
+    for factor in (2, 4, 8, 0.5):
+        smooth = F.interpolate(x.double(), scale_factor=factor, mode="bilinear", align_corners=False)
+        assert differing(ref.upsample_linear(x, scale_factor=factor), smooth.round().to(torch.int16).to(dtype)) == 0
+    for target in ({"size": (23, 4)}, {"size": 1}, {"scale_factor": (1.7, 2.3)}, {"size": (7, 9)}, {"scale_factor": 3}):
+        smooth = F.interpolate(x.double(), **target, mode="bilinear", align_corners=align_corners)
+        result = ref.upsample_linear(x, **target, align_corners=align_corners)
+        assert result.shape == smooth.shape and (result - smooth).abs().max() <= 0.5 + 1 / 8
+        last = ref.upsample_linear(
+            x.contiguous(memory_format=torch.channels_last), **target, align_corners=align_corners
+        )
+        assert differing(last, result) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_bilinear_upsample_of_a_constant_is_constant(dtype: torch.dtype) -> None:
+    for q in ref.integer_range(dtype):
+        x = torch.full((1, 2, 5, 6), q, dtype=dtype)
+        assert int((ref.upsample_linear(x, size=(13, 17)) != q).sum()) == 0
+
+
+def test_trilinear_upsampling_has_no_integer_form() -> None:
+    with pytest.raises(ValueError, match="one or two dimensions, not 3"):
+        ref.upsample_linear(integers((1, 1, 2, 2, 2), torch.int8), scale_factor=2)
+
+
 def test_upsample_needs_one_target() -> None:
     x = integers((1, 1, 2, 2), torch.int8)
     for target in ({}, {"size": 4, "scale_factor": 2}):
         with pytest.raises(ValueError, match="one of size and scale_factor"):
             ref.upsample_nearest(x, **target)
+        with pytest.raises(ValueError, match="one of size and scale_factor"):
+            ref.upsample_linear(x, **target)
     with pytest.raises(ValueError, match="nor one for each of 2"):
         ref.upsample_nearest(x, size=(1, 2, 3))
 

@@ -51,7 +51,8 @@ F.conv2d(x, weight) ; F.conv_transpose2d(x, transposed) ; F.linear(x, matrix) ; 
 F.layer_norm(x, (4,)) ; F.avg_pool2d(x, 2) ; F.adaptive_avg_pool2d(x, 1) ; F.unfold(x, 2) ; F.grid_sample(x, grid, align_corners=False)
 F.prelu(x, ones) ; F.cosine_similarity(x, y) ; F.mse_loss(x, y) ; F.cross_entropy(x, labels) ; F.scaled_dot_product_attention(x, y, y)
 F.relu6(x) ; F.hardtanh(x, -1, 1) ; F.leaky_relu(x) ; torch.sigmoid(x) ; F.silu(x) ; x.clamp(-1, 1) ; F.softmax(x, 1) ; x.exp() ; x.tanh() ; F.elu(x)
-F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False) ; F.interpolate(x, scale_factor=1.5, recompute_scale_factor=True)
+F.interpolate(x, scale_factor=2, mode="bicubic") ; F.interpolate(x, scale_factor=1.5, recompute_scale_factor=True)
+F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)
 F.pad(x, (1, 1), value=3.0) ; F.max_pool2d(x, 2, return_indices=True) ; F.adaptive_max_pool2d(x, 3, return_indices=True)
 x.to(torch.float64) ; x.to(torch.int32) ; x.to(y) ; x.to(x.dtype) ; x.float() ; x.half() ; x.double() ; x.int() ; x.long() ; x.bool() ; x.type()
 x.type(torch.float16) ; torch.zeros(1).type_as(x) ; x.new_zeros(2) ; x.new_tensor([1.5]) ; torch.zeros_like(x) ; torch.full_like(x, 0.3)
@@ -179,6 +180,24 @@ def test_training_keeps_gradients_and_integers() -> None:
     F.pad(F.interpolate(moved, scale_factor=2), (1, 1, 1, 1), mode="reflect").dequantize().sum().backward()
     assert source.grad is not None and scale.grad is not None and bool(source.grad.abs().sum() > 0)
     assert not x.detach().dequantize().requires_grad
+
+
+@pytest.mark.parametrize("call", [{"scale_factor": 2}, {"size": (9, 5)}, {"scale_factor": 1.7, "align_corners": True}])
+def test_bilinear_rounds_to_integers_of_the_same_scale(call: dict[str, Any]) -> None:
+    x = quantized(torch.uint8, False, 1.0)
+    y = F.interpolate(x, mode="bilinear", **call)
+    assert isinstance(y, QTensor) and y.scale is x.scale and y.payload.dtype == torch.uint8 and not x.float_calls
+    steps = (y.payload - F.interpolate(x.payload.float(), mode="bilinear", **call)).abs().max()
+    assert 0 < float(steps) < 0.5 + 1 / 8
+
+    source = x.payload.float().requires_grad_()
+    trained = F.interpolate(QTensor.make(source, x.scale, torch.uint8), mode="bilinear", **call)
+    assert int((trained.payload != y.payload).sum()) == 0  # the same integers
+    weight = torch.randn(y.shape)
+    (trained.payload * weight).sum().backward()
+    expected = source.detach().clone().requires_grad_()
+    (F.interpolate(expected, mode="bilinear", **call) * weight).sum().backward()
+    assert source.grad is not None and torch.equal(source.grad, expected.grad)  # type: ignore[arg-type]
 
 
 def test_dropout_in_training_keeps_the_integers() -> None:

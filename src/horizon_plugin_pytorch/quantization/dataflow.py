@@ -132,7 +132,7 @@ def passes(node: fx.Node, modules: Modules) -> bool:
         if not computes_as(module, PASSING_MODULES) or getattr(module, "return_indices", False):
             return False
         if isinstance(module, nn.Upsample):
-            return module.mode.startswith("nearest") and not module.recompute_scale_factor
+            return qtensor.interpolates_integers(module.mode, module.recompute_scale_factor)
         return not getattr(module, "value", 0)  # what a ConstantPad pads with
     if node.op == "call_method":
         return node.target in PASSING_METHODS
@@ -141,9 +141,8 @@ def passes(node: fx.Node, modules: Modules) -> bool:
     if node.target is getattr:
         return node.args[1] in PASSING_ATTRIBUTES
     if node.target is F.interpolate:
-        names = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
-        call: Any = dict(zip(names, node.args, strict=False)) | node.kwargs
-        return bool(str(call.get("mode", "nearest")).startswith("nearest") and not call.get("recompute_scale_factor"))
+        call: Any = dict(zip(qtensor.INTERPOLATE.split(), node.args, strict=False)) | node.kwargs
+        return qtensor.interpolates_integers(**call)
     if node.target is F.pad:
         call = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
         return call.get("mode", "constant") != "constant" or call.get("value") in (None, 0, 0.0)

@@ -147,6 +147,22 @@ def test_nearest_upsampling(data: st.DataObject) -> None:
     check(made, y, plans.integers(shape, "int8"))
 
 
+@settings(max_examples=60)
+@given(st.data())
+def test_linear_upsampling(data: st.DataObject) -> None:
+    dims, dtype = data.draw(st.integers(1, 2)), data.draw(st.sampled_from(["int8", "uint8"]))
+    shape = (2, data.draw(st.sampled_from([1, 5, 19, 64])), *(data.draw(st.integers(1, 6)) for _ in range(dims)))
+    if data.draw(st.booleans()):
+        target: dict[str, Any] = {"size": tuple(data.draw(st.integers(1, 13)) for _ in range(dims))}
+    else:
+        target = {"scale_factor": data.draw(st.sampled_from([2, 4.0, 1.5, 3.3, (1.0,) * dims]))}
+    mode, corners = ("linear", "bilinear")[dims - 1], data.draw(st.booleans())
+    made = plans.Maker(x=shape)
+    x = made.quantize(0, dtype)
+    y = made.function("torch.nn.functional.interpolate", x, of=x, mode=mode, align_corners=corners, **target)
+    check(made, y, plans.integers(shape, dtype))
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
 def test_table_and_relu(dtype: str) -> None:
     shape = (2, 19, 5, 4)

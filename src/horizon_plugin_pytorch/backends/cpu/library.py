@@ -31,7 +31,7 @@ ISAS = ("portable", "avx2", "avx512_vnni", "amx")
 KINDS = {
     name: number
     for number, name in enumerate(
-        "conv depthwise zero quantize dequantize copy rescale table add mul max_pool avg_pool upsample".split()
+        "conv depthwise zero quantize dequantize copy rescale table add mul max_pool avg_pool upsample interpolate".split()
     )
 }
 
@@ -106,6 +106,10 @@ class Pool(c.Structure):
 
 class Upsample(c.Structure):
     _fields_ = [*_TWO_REFS, *_THREE_STRIDES, ("bytes", i32), ("from_", ptr * 3)]
+
+
+class Interpolate(c.Structure):
+    _fields_ = [*_TWO_REFS, *_THREE_STRIDES, ("channels", i32), ("place", ptr * 2), ("weight", ptr * 2), ("m", f32)]
 
 
 class Op(c.Structure):

@@ -27,7 +27,7 @@ from .arithmetic import (
 )
 from .convolution import conv, linear
 from .elementwise import add, lookup, lookup_table, mul
-from .layout import cat, pad, upsample_nearest
+from .layout import cat, pad, upsample_linear, upsample_nearest
 from .pooling import adaptive_avg_pool, adaptive_max_pool, avg_pool, max_pool, mean
 from .weights import absorb, accumulator_bound, quantize_weight, weight_qparams, weight_scale
 
@@ -56,6 +56,7 @@ __all__ = [
     "quantize",
     "quantize_weight",
     "scale_ratio",
+    "upsample_linear",
     "upsample_nearest",
     "weight_qparams",
     "weight_scale",

@@ -1,4 +1,4 @@
-"""Operators that move integers: concatenation, nearest up-sampling, padding."""
+"""Operators that move integers: concatenation, up-sampling, padding."""
 
 from __future__ import annotations
 
@@ -54,18 +54,9 @@ def upsample_nearest(
     Raises:
         ValueError: neither or both of `size` and `scale_factor`.
     """
-    spatial = x_q.shape[2:]
-    targets: list[tuple[int, float | None]]
-    if size is not None and scale_factor is None:
-        targets = [(out, None) for out in as_tuple(size, len(spatial))]
-    elif scale_factor is not None and size is None:
-        factors = [scale_factor] * len(spatial) if isinstance(scale_factor, (int, float)) else scale_factor
-        targets = [(floor(n * f), f) for n, f in zip(spatial, factors, strict=True)]
-    else:
-        raise ValueError("one of size and scale_factor must be given")
     y = x_q
-    for dim, (out, factor) in enumerate(targets, start=2):
-        if len(spatial) == 2 and not exact and out in (x_q.shape[dim], 2 * x_q.shape[dim]):
+    for dim, (out, factor) in enumerate(upsampled(x_q.shape[2:], size, scale_factor), start=2):
+        if x_q.dim() == 4 and not exact and out in (x_q.shape[dim], 2 * x_q.shape[dim]):
             factor = None
         y = y.index_select(dim, nearest_sources(x_q.shape[dim], out, factor, exact).to(x_q.device))
     return in_layout_of(x_q, y)
@@ -77,6 +68,81 @@ def nearest_sources(length: int, out: int, factor: float | None, exact: bool) ->
     ratio = torch.tensor(1 / factor if factor else length / out, dtype=torch.float64, device="cpu").to(torch.float32)
     position = (index + (0.5 if exact else 0.0)).to(torch.float32) * ratio
     return position.floor().to(torch.int64).clamp_(max=length - 1)
+
+
+LINEAR_BITS = {1: 22, 2: 11}
+"""Bits of a weight of `upsample_linear` by the number of dimensions: as many as leave the sum of an image's weights 2^22."""
+
+
+def upsample_linear(
+    x_q: Tensor,
+    size: int | Sequence[int] | None = None,
+    scale_factor: float | Sequence[float] | None = None,
+    *,
+    align_corners: bool = False,
+) -> Tensor:
+    """Linear up-sampling (or down) of ``[N, C, L]``, bilinear of ``[N, C, H, W]``; dtype and scale unchanged.
+
+    Along each dimension output i lies at p, between two inputs, of which the second gets the weight w in units of 2^-b, with
+    ``b = 22`` in one dimension and 11 in two. In float64, with r as in `upsample_nearest`, but for ``r = (in - 1) / (out - 1)`` (0 for
+    one output) with `align_corners`::
+
+        p    = i * r  with align_corners,  max((i + 0.5) * r - 0.5, 0)  without
+        low  = min(floor(p), in - 1),  high = min(low + 1, in - 1)
+        w    = round_half_even(min(p - low, 1) * 2^b)
+
+    These are PyTorch's places; its weights are float32 and not rounded. For factors 2, 4, 8, … they are equal, for others w is off by
+    2^-12 at most, and so the value by an eighth of a step. The sum over the two inputs of each dimension is exact in int32::
+
+        acc = sum q * (the product of its weights)
+        y_q = round_half_even(float32(acc) * 2^-22)
+
+    Args:
+        x_q: int8 or uint8.
+        size, scale_factor: as for `upsample_nearest`.
+        align_corners: whether the first and last places of input and output are the same.
+
+    Raises:
+        ValueError: another number of dimensions; neither or both of `size` and `scale_factor`.
+    """
+    dims = x_q.dim() - 2
+    if dims not in LINEAR_BITS:
+        raise ValueError(f"linear up-sampling of integers is for one or two dimensions, not {dims}")
+    acc = x_q.to(torch.int32)
+    bits = LINEAR_BITS[dims]
+    for dim, (out, factor) in enumerate(upsampled(x_q.shape[2:], size, scale_factor), start=2):
+        low, high, w = (t.to(x_q.device) for t in linear_sources(x_q.shape[dim], out, factor, align_corners, bits))
+        w = w.view(-1, *[1] * (x_q.dim() - 1 - dim))
+        acc = acc.index_select(dim, low) * (2**bits - w) + acc.index_select(dim, high) * w
+    m = torch.full((), 0.5 ** (dims * bits), dtype=torch.float32, device=x_q.device)
+    return in_layout_of(x_q, epilogue(acc, m, dtype=x_q.dtype))
+
+
+def linear_sources(
+    length: int, out: int, factor: float | None, align_corners: bool, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``low``, ``high`` (int64) and ``w`` (int32) of each output index along one dimension; see `upsample_linear`."""
+    index = torch.arange(out, dtype=torch.float64, device="cpu")
+    if align_corners:
+        position = index * ((length - 1) / (out - 1) if out > 1 else 0.0)
+    else:
+        position = ((index + 0.5) * (1 / factor if factor else length / out) - 0.5).clamp_(min=0)
+    low = position.floor().clamp_(max=length - 1)
+    w = ((position - low).clamp_(max=1) * 2**bits).round_().to(torch.int32)
+    low = low.to(torch.int64)
+    return low, (low + 1).clamp_(max=length - 1), w
+
+
+def upsampled(
+    spatial: Sequence[int], size: int | Sequence[int] | None, scale_factor: float | Sequence[float] | None
+) -> list[tuple[int, float | None]]:
+    """For each dimension the output's size, and the factor if one was given; see `upsample_nearest`."""
+    if (size is None) == (scale_factor is None):
+        raise ValueError("one of size and scale_factor must be given")
+    if scale_factor is None:
+        return [(out, None) for out in as_tuple(size, len(spatial))]
+    factors = [scale_factor] * len(spatial) if isinstance(scale_factor, (int, float)) else scale_factor
+    return [(floor(n * f), f) for n, f in zip(spatial, factors, strict=True)]
 
 
 def pad(x_q: Tensor, padding: Sequence[int], mode: str = "constant") -> Tensor:

@@ -273,15 +273,35 @@ def _adaptive_max_pool(dims: int, func: Any, args: Any, kwargs: Any) -> Any:
     return q.like(reference.adaptive_max_pool(q.payload, size, dims=dims))
 
 
+def interpolates_integers(
+    mode: str = "nearest", recompute_scale_factor: bool | None = None, antialias: bool = False, **_: Any
+) -> bool:
+    """Whether there is a rule for `torch.nn.functional.interpolate` with these arguments."""
+    return mode in ("nearest", "nearest-exact", "linear", "bilinear") and not recompute_scale_factor and not antialias
+
+
+INTERPOLATE = "input size scale_factor mode align_corners recompute_scale_factor antialias"
+"""Its arguments, in order."""
+
+
 def _interpolate(func: Any, args: Any, kwargs: Any) -> Any:
-    call = _named("input size scale_factor mode align_corners recompute_scale_factor antialias", args, kwargs)
+    call = _named(INTERPOLATE, args, kwargs)
     q, mode = call.pop("input"), call.get("mode", "nearest")
-    if not mode.startswith("nearest") or call.get("recompute_scale_factor"):
+    if not interpolates_integers(**call):
         return NotImplemented
-    if q.payload.is_floating_point():
-        return q.like(F.interpolate(q.payload, **call))
-    exact = mode == "nearest-exact"
-    return q.like(reference.upsample_nearest(q.payload, call.get("size"), call.get("scale_factor"), exact=exact))
+    payload, target = q.payload, (call.get("size"), call.get("scale_factor"))
+    if "linear" in mode:
+        corners = bool(call.get("align_corners"))
+        y = reference.upsample_linear(q.int_repr(), *target, align_corners=corners)
+        if not payload.is_floating_point():
+            return q.like(y)
+        smooth = F.interpolate(payload, **call)
+        return q.like(
+            y.to(payload.dtype) + (smooth - smooth.detach())
+        )  # the integers, with the gradient of what is rounded
+    if payload.is_floating_point():
+        return q.like(F.interpolate(payload, **call))
+    return q.like(reference.upsample_nearest(payload, *target, exact=mode == "nearest-exact"))
 
 
 def _pad(func: Any, args: Any, kwargs: Any) -> Any:

@@ -7,7 +7,6 @@ of, have rules of their own here: PyTorch computes most shapes in Python, and th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import floor
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from horizon_plugin_pytorch.backends.reference import pooling
+from horizon_plugin_pytorch.backends.reference import layout, pooling
 from horizon_plugin_pytorch.backends.reference.shapes import as_tuple
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
-from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
+from horizon_plugin_pytorch.nn.quantized.qtensor import INTERPOLATE, QTensor, interpolates_integers
 from horizon_plugin_pytorch.plan.program import Plan, PlanError, Step, Value
 from horizon_plugin_pytorch.plan.steps import INTEGER_DTYPES, fill, run_function
 
@@ -151,12 +150,8 @@ def _mean(shape: Shape, dim: Any, keepdim: bool = False) -> Shape:
     return tuple(1 if d in over else n for d, n in enumerate(shape) if keepdim or d not in over)
 
 
-def _nearest(shape: Shape, size: Any = None, scale_factor: Any = None, **_: Any) -> Shape:
-    dims = len(shape) - 2
-    if size is not None:
-        return (*shape[:2], *as_tuple(size, dims))
-    factors = (scale_factor,) * dims if isinstance(scale_factor, (int, float)) else scale_factor
-    return (*shape[:2], *(floor(n * f) for n, f in zip(shape[2:], factors, strict=True)))
+def _upsampled(shape: Shape, size: Any = None, scale_factor: Any = None, **_: Any) -> Shape:
+    return (*shape[:2], *(out for out, _ in layout.upsampled(shape[2:], size, scale_factor)))
 
 
 _OPERATORS: dict[str, Callable[..., Shape]] = {
@@ -180,8 +175,8 @@ def _function(plan: Plan, step: Step, value: Value, args: Any, kwargs: Any, reco
             return x
         if call is not None:
             family, dims, named = call
-            if family == "interpolate" and named.get("mode", "nearest").startswith("nearest"):
-                return _typed(plan, value, _nearest(tuple(x.shape), **named))
+            if family == "interpolate" and interpolates_integers(**named):
+                return _typed(plan, value, _upsampled(tuple(x.shape), **named))
             if family == "max_pool":
                 return _typed(plan, value, _pool(tuple(x.shape), dims, **named))
             if family == "adaptive_max_pool":
@@ -199,7 +194,7 @@ def _function(plan: Plan, step: Step, value: Value, args: Any, kwargs: Any, reco
 _ARGUMENTS = {
     "max_pool": "input kernel_size stride padding dilation ceil_mode return_indices",
     "adaptive_max_pool": "input output_size return_indices",
-    "interpolate": "input size scale_factor mode align_corners recompute_scale_factor antialias",
+    "interpolate": INTERPOLATE,
 }
 
 

@@ -1,4 +1,4 @@
-"""Pools, nearest up-sampling and padding that copies: operations on windows or places of three spatial dimensions."""
+"""Pools, up-sampling and padding that copies: operations on windows or places of three spatial dimensions."""
 
 from __future__ import annotations
 
@@ -62,6 +62,23 @@ def emit_gather(builder: Builder, x: View, y: View, axis: int, sources: Sequence
     three = [np.zeros(1, np.int32)] * (3 - len(sources)) + list(sources)
     params.from_[:] = [builder.array(source, np.int32) for source in three]
     builder.add("upsample", params, [(params.in_, x), (params.out, y)])
+
+
+def emit_linear(
+    builder: Builder, x: View, y: View, targets: Sequence[tuple[int, float | None]], align_corners: bool
+) -> None:
+    """`reference.upsample_linear`; `targets` as of `reference.layout.upsampled`."""
+    bits = reference.layout.LINEAR_BITS[len(targets)]
+    params = library.Interpolate(channels=x.shape[1], m=0.5 ** (bits * len(targets)))
+    _places(params, x, y, 1)
+    places, weights = [np.zeros((1, 2), np.int32)], [np.array([[1, 0]], np.int32)]  # of one row
+    for length, (out, factor) in zip(x.shape[2:], targets, strict=True):
+        low, high, w = reference.layout.linear_sources(length, out, factor, align_corners, bits)
+        places.append(torch.stack((low, high), 1).numpy())
+        weights.append(torch.stack((2**bits - w, w), 1).numpy())
+    params.place[:] = [builder.array(place, np.int32) for place in places[-2:]]
+    params.weight[:] = [builder.array(weight, np.int32) for weight in weights[-2:]]
+    builder.add("interpolate", params, [(params.in_, x), (params.out, y)])
 
 
 # -- padding that copies ----------------------------------------------------------------------------------------------------------
@@ -159,24 +176,25 @@ def average(lowering: Lowering, i: int, step: Step, name: str, options: dict[str
 
 
 def upsample(lowering: Lowering, i: int, ref: Ref, call: dict[str, Any]) -> View | None:
-    """`torch.nn.functional.interpolate` by the nearest place."""
+    """`torch.nn.functional.interpolate` of integers."""
     shape = lowering.metas[ref.value].shape
-    result = lowering.metas[lowering.value(i)].shape
     if len(shape) < 3 or len(shape) > 5:
         return None
-    exact = call.get("mode", "nearest") == "nearest-exact"
-    factors = call.get("scale_factor")
-    if factors is None or isinstance(factors, (int, float)):
-        factors = [factors] * (len(shape) - 2)
-    sources = []
-    for length, out, factor in zip(shape[2:], result[2:], factors, strict=True):
-        if len(shape) == 4 and not exact and out in (length, 2 * length):
-            factor = None
-        sources.append(reference.layout.nearest_sources(length, out, factor, exact).numpy())
+    targets = reference.layout.upsampled(shape[2:], call.get("size"), call.get("scale_factor"))
     x = lowering.operand(ref, 1)
     if x is None or x.dtype == "float32":
         return None
     y = lowering.new(lowering.value(i), 1)
+    mode = call.get("mode", "nearest")
+    if "linear" in mode:
+        emit_linear(lowering.builder, x, y, targets, bool(call.get("align_corners")))
+        return y
+    exact = mode == "nearest-exact"
+    sources = []
+    for length, (out, factor) in zip(shape[2:], targets, strict=True):
+        if len(shape) == 4 and not exact and out in (length, 2 * length):
+            factor = None
+        sources.append(reference.layout.nearest_sources(length, out, factor, exact).numpy())
     emit_gather(lowering.builder, x, y, 1, sources)
     return y
 
