@@ -193,7 +193,7 @@ def torchao_pt2e(work: Work) -> Forward:
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
     with torch.no_grad():
         batch = torch.export.Dim("batch", min=1, max=64)
-        program = torch.export.export(work.float_model(), (data[0],), dynamic_shapes=({0: batch},))
+        program = torch.export.export(work.float_model(), (data[0],), dynamic_shapes=({0: batch},), strict=True)
         prepared = prepare_pt2e(program.module(), quantizer)
         for x in data:
             prepared(x)
@@ -203,12 +203,23 @@ def torchao_pt2e(work: Work) -> Forward:
 # -- ONNX Runtime -----------------------------------------------------------------------------------------------------------
 
 
+class _Plain(nn.Module):
+    """A model as the ONNX exporter takes it: not a GraphModule, which it asks for ``torch.export``'s metadata."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(x)
+
+
 def _onnx(work: Work) -> Path:
     import onnx  # noqa: F401  # the exporter needs it
 
     def save(path: Path) -> None:
         torch.onnx.export(
-            work.float_model(), (work.calibration()[0],), str(path), input_names=["x"], opset_version=17, dynamo=False,
+            _Plain(work.float_model()), (work.calibration()[0],), str(path), input_names=["x"], opset_version=17, dynamo=False,
             dynamic_axes={"x": {0: "batch"}},
         )  # fmt: skip
 

@@ -48,7 +48,7 @@ def render(results: list[dict[str, Any]]) -> str:
         for section in (summary(some), times(some), memory(some), errors(some)):
             if section:
                 parts.append(section)
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def _measured(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

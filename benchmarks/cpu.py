@@ -4,6 +4,7 @@
     python benchmarks/cpu.py run --networks resnet50 --batches 1 --threads 2 --peers OpenVINO
     python benchmarks/cpu.py run --isa avx2                      # both sides capped to an instruction set
     python benchmarks/cpu.py memory                              # peak memory, each candidate in a process of its own
+    python benchmarks/cpu.py scaling                             # how our time grows with images and with pixels
     python benchmarks/cpu.py table --write                       # docs/cpu.md from what has been measured
     python benchmarks/cpu.py pack DIR                            # plans and OpenVINO models without their weights, a few MB, and
     python benchmarks/cpu.py packed DIR                          # their times on a machine that has PyTorch and openvino only
@@ -28,6 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "benchmarks" / "cpu"
 TABLE = ROOT / "docs" / "cpu.md"
+PICTURE = TABLE.parent / "images" / "cpu-scaling.svg"
 ISAS = ("amx", "avx512_vnni", "avx2", "portable")
 ROUNDS_OF_CEILING = 5
 
@@ -52,6 +54,10 @@ def main(arguments: Sequence[str]) -> None:
     for name in ("pack", "packed"):
         command = commands.add_parser(name, parents=[what], help=f"see above: {name} DIR")
         command.add_argument("directory", type=Path)
+    scaling = commands.add_parser("scaling", parents=[folder], help="see above")
+    scaling.add_argument("--networks", nargs="+", metavar="NAME")
+    scaling.add_argument("--threads", nargs="+", type=int, default=[2])
+    scaling.add_argument("--rounds", type=int, default=9)
     table = commands.add_parser("table", parents=[folder], help="show the table")
     table.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
     one = commands.add_parser("one")
@@ -59,9 +65,11 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments or ["run"])
 
     if options.command == "one":
-        measure_here(**options.job)
+        (scale_here if options.job.pop("scaling", False) else measure_here)(**options.job)
     elif options.command == "table":
         show_table(options.folder, options.write)
+    elif options.command == "scaling":
+        scale(options)
     elif options.command == "pack":
         from _cpu_pack import pack
 
@@ -148,6 +156,38 @@ def measure_memory(job: dict[str, Any], candidates: list[str], options: argparse
             error = _process({**job, "candidates": [name], "memory": True}, options.timeout)
             if error:
                 _merge(path, {"rows": {name: {"error": error}}})
+
+
+def scale(options: argparse.Namespace) -> None:
+    """Each network, axis and number of threads in a process of its own."""
+    from _cpu_scaling import AXES, NETWORKS
+
+    for network in _networks(options.networks or NETWORKS):
+        for axis in AXES:
+            for threads in options.threads:
+                path = options.folder / "scaling" / f"{network}-{axis}-t{threads}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                job = {
+                    "scaling": True, "network": network, "axis": axis, "threads": threads, "isa": None, "rounds": options.rounds,
+                    "models": str(options.folder / "models" / network), "path": str(path),
+                }  # fmt: skip
+                error = _process(job, timeout=3600)
+                print(f"{path.stem}: {error or 'measured'}", flush=True)
+
+
+def scale_here(network: str, axis: str, threads: int, isa: str | None, rounds: int, models: str, path: str) -> None:
+    import _cpu_measure as measure
+
+    measure.pin(threads)  # before any pool of threads starts
+    import torch
+    from _cpu_peers import Work
+    from _cpu_scaling import measure_scaling
+    from _networks import NETWORKS
+
+    torch.set_num_threads(threads)
+    work = Work(Path(models), 1, threads, isa, NETWORKS[network])
+    result = measure_scaling(work, axis, rounds)
+    Path(path).write_text(json.dumps({"machine": measure.machine(), "threads": threads, **result}, indent=1))
 
 
 def _process(job: dict[str, Any], timeout: float) -> str | None:
@@ -264,13 +304,18 @@ def _line(result: dict[str, Any]) -> str:
 
 
 def show_table(folder: Path, write: bool) -> None:
+    from _cpu_scaling import draw, section
     from _cpu_table import render
 
+    grown = [_load(path) for path in sorted((folder / "scaling").glob("*.json"))]
     results = [_load(path) for path in sorted((folder / "results").glob("*.json"))]
     results = [r for result in results for r in (result if isinstance(result, list) else [result])]
-    text = render([r for r in results if "machine" in r])
+    parts = [render([r for r in results if "machine" in r]), section(grown, str(PICTURE.relative_to(TABLE.parent)))]
+    text = "\n\n".join(filter(None, parts)) + "\n"
     print(text)
     if write:
+        if grown:
+            draw(grown, PICTURE)
         TABLE.write_text(text)
 
 
