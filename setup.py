@@ -16,11 +16,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
+LIBRARY = "horizon_plugin_pytorch.backends.cpu.lib.horizon_cpu"
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 
 
 class BuildWithCMake(build_ext):
-    """One shared library without anything of Python in it, so its name has no Python's tag either."""
+    """One shared library without anything of Python in it, so its name has no Python's tag, and it lies in a folder without modules."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + SUFFIX
@@ -43,6 +44,11 @@ class BuildWithCMake(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(built), str(target))
 
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install; the repository does not have the folder."""
+        ROOT.joinpath("src", *LIBRARY.split(".")[:-1]).mkdir(exist_ok=True)
+        super().copy_extensions_to_source()
+
 
 class PlatformWheel(bdist_wheel):
     """For any Python 3 of the platform: the library is loaded with ctypes."""
@@ -52,6 +58,6 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("horizon_plugin_pytorch.backends.cpu.horizon_cpu", sources=[], optional=True)],
+    ext_modules=[Extension(LIBRARY, sources=[], optional=True)],
     cmdclass={"build_ext": BuildWithCMake, "bdist_wheel": PlatformWheel},
 )

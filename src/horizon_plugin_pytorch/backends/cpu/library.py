@@ -128,12 +128,11 @@ class LibraryError(RuntimeError):
 
 
 def _paths() -> list[Path]:
-    """Where the library may be: HORIZON_CPU_LIBRARY if that is set, otherwise beside this file."""
+    """Where the library may be: HORIZON_CPU_LIBRARY if that is set, otherwise in the folder lib beside this file."""
     if "HORIZON_CPU_LIBRARY" in os.environ:
         return [Path(os.environ["HORIZON_CPU_LIBRARY"])]
-    here = Path(__file__).parent
     suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-    return [here / f"horizon_cpu{suffix}"]
+    return [Path(__file__).parent / "lib" / f"horizon_cpu{suffix}"]
 
 
 @lru_cache(maxsize=1)
