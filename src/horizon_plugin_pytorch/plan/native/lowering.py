@@ -1,13 +1,11 @@
 """From a plan to a native program, for inputs of given shapes.
 
 A walk over the steps. Each kind has a rule that appends operations and says where its result lies; a step without a rule that fits is
-handed to PyTorch, which cuts the program there. Before that, two looks ahead over the readers of every value: how wide a halo they
-need, and which operands of a concatenation can be written where they end up.
+handed to PyTorch, which cuts the program there. What the readers of a value want of it is known before: see `outlook`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,8 +22,9 @@ from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
 from horizon_plugin_pytorch.plan.native import elementwise, groups, moves, stems, windows
 from horizon_plugin_pytorch.plan.native.constants import Constants
 from horizon_plugin_pytorch.plan.native.layout import Buffer, Halo, View, fresh, zero_ranges
+from horizon_plugin_pytorch.plan.native.outlook import Outlook
 from horizon_plugin_pytorch.plan.native.program import Builder, Operation
-from horizon_plugin_pytorch.plan.native.walks import Walk, halo, phases
+from horizon_plugin_pytorch.plan.native.walks import halo
 from horizon_plugin_pytorch.plan.program import Plan, Ref, Step, refs
 from horizon_plugin_pytorch.plan.steps import fill
 
@@ -79,110 +78,14 @@ class Lowering:
         self.torch_steps: list[TorchStep] = []
         self.slots: list[View] = []
         self.quantizes: list[int] = []
-        self.readers = Counter(r.value for s in plan.steps for r in refs((s.args, s.kwargs, s.params)))
-        self.outputs = {r.value for r in refs(plan.outputs)}
         for x in inputs:
             strides = tuple(s * x.element_size() for s in x.stride())
             self.env.append(self._slot(tuple(x.shape), strides, str(x.dtype).removeprefix("torch.")))
-        self.walks: dict[int, list[tuple[Walk, ...]]] = {}
-        self.halos: dict[int, dict[int, tuple[int, int]]] = {}
-        self.axes: dict[int, int] = {}
-        self._look_ahead()
-        self.joins: dict[int, tuple[int, int]] = {}
+        self.ahead = Outlook(plan, metas, isa)
         self.joined: dict[int, View] = {}
-        self._look_for_joins()
-        self.stems = self._look_for_stems() if library.ISAS[isa] == "amx" else set()
-
-    # -- looking ahead ------------------------------------------------------------------------------------------------------
 
     def value(self, step: int) -> int:
         return len(self.plan.inputs) + step
-
-    def _look_ahead(self) -> None:
-        """The halo that the readers of each value need, and the dimension they want its channels along."""
-        for i in reversed(range(len(self.plan.steps))):
-            step, result = self.plan.steps[i], self.value(i)
-            source = next((r.value for r in refs(step.args)), None)
-            if source is None or not isinstance(self.metas[source], QTensor | Tensor):
-                continue
-            if step.kind == "group":
-                self._look_at_group(i, step, source)
-            elif step.kind == "function" and moves.keeps(step.target):
-                if result in self.axes:
-                    self.axes.setdefault(source, self.axes[result])
-                self._widen(source, self.halos.get(result, {}))
-            elif step.kind in ("table", "operator") and result in self.axes:
-                for ref in refs(step.args):
-                    if len(self.metas[ref.value].shape) == len(self.metas[result].shape):
-                        self.axes.setdefault(ref.value, self.axes[result])
-
-    def _look_at_group(self, i: int, step: Step, source: int) -> None:
-        geometry = Geometry(**step.params["geometry"])
-        x, y = tuple(self.metas[source].shape), tuple(self.metas[self.value(i)].shape)
-        axis = len(x) - 1 - geometry.dims
-        self.axes[source] = axis
-        if not geometry.dims:
-            self.walks[i] = [tuple(Walk(n, 1, (0,), (0,)) for n in x[:-1])]
-            return
-        inputs = windows.padded_size(geometry, x[axis + 1 :])
-        self.walks[i] = phases(geometry, inputs, y[axis + 1 :])
-        if geometry.padding_mode == "zeros":
-            self._widen(source, self._halo(i, axis, inputs))
-
-    def _halo(self, i: int, axis: int, inputs: tuple[int, ...]) -> dict[int, tuple[int, int]]:
-        sides = halo(self.walks[i], inputs)
-        return {axis + 1 + d: side for d, side in enumerate(sides) if any(side)}
-
-    def _widen(self, value: int, need: Halo) -> None:
-        have = self.halos.setdefault(value, {})
-        for dim, (before, after) in need.items():
-            old = have.get(dim, (0, 0))
-            have[dim] = (max(old[0], before), max(old[1], after))
-
-    def _look_for_joins(self) -> None:
-        """Operands that are written straight into the concatenation that alone reads them."""
-        for i, step in enumerate(self.plan.steps):
-            if step.kind != "operator" or step.params["name"] != "Cat":
-                continue
-            result = self.metas[self.value(i)]
-            dim = step.params["options"]["dim"] % result.dim()
-            if result.dim() < 3 or dim != self.axes.get(self.value(i), 1):
-                continue
-            begin = 0
-            for ref in step.args:
-                operand = self.metas[ref.value]
-                alone = self.readers[ref.value] == 1 and ref.value not in self.outputs
-                made = ref.value >= len(self.plan.inputs) and self._writes(ref.value, dim)
-                same = operand.dtype8 == result.dtype8 and torch.equal(operand.scale, result.scale)
-                if alone and made and same and operand.dim() == result.dim():
-                    self.joins[ref.value] = (self.value(i), begin)
-                begin += operand.shape[dim]
-
-    def _look_for_stems(self) -> set[int]:
-        """Quantized images that are read by one convolution with stride 2 alone."""
-        found = set()
-        for i, step in enumerate(self.plan.steps):
-            source = next((r.value for r in refs(step.args)), -1)
-            made = self.plan.steps[source - len(self.plan.inputs)] if source >= len(self.plan.inputs) else None
-            if made is None or made.kind != "quantize" or self.readers[source] != 1 or source in self.outputs:
-                continue
-            image = self.metas[source]
-            if (
-                step.kind == "group"
-                and stems.fits(step, tuple(image.shape))
-                and image.scale.dim() == 0
-                and i in self.walks
-            ):
-                found.add(source)
-                self.walks[i] = [stems.pair_walks(walks) for walks in self.walks[i]]
-        return found
-
-    def _writes(self, value: int, dim: int) -> bool:
-        """Whether a value's operations can write it with its channels along `dim`."""
-        step = self.plan.steps[value - len(self.plan.inputs)]
-        if step.kind == "group":
-            return dim == self.metas[value].dim() - 1 - step.params["geometry"]["dims"]
-        return step.kind in ("operator", "table", "quantize") and step.params.get("name") != "Cat"
 
     # -- values -------------------------------------------------------------------------------------------------------------
 
@@ -195,7 +98,7 @@ class Lowering:
     def axis(self, value: int, default: int | None = None) -> int:
         """The dimension of a new value that holds its channels."""
         dims = self.metas[value].dim()
-        return self.axes.get(value, default if default is not None else (1 if dims > 2 else max(dims - 1, 0)))
+        return self.ahead.axes.get(value, default if default is not None else (1 if dims > 2 else max(dims - 1, 0)))
 
     def new(self, value: int, axis: int | None = None) -> View:
         """Memory for a value that an operation makes, its halo cleared."""
@@ -204,8 +107,8 @@ class Lowering:
         if not isinstance(meta, QTensor):
             laid = fresh(tuple(meta.shape), "float32", axis)
             return self._slot(laid.shape, laid.strides, "float32")
-        if value in self.joins:
-            whole, begin = self.joins[value]
+        if value in self.ahead.joins:
+            whole, begin = self.ahead.joins[value]
             if whole not in self.joined:
                 self.joined[whole] = self._integers(whole, self.axis(whole))
             place = self.joined[whole]
@@ -217,7 +120,7 @@ class Lowering:
     def _integers(self, value: int, axis: int, need: Halo | None = None) -> View:
         meta = self.metas[value]
         dtype = str(meta.dtype8).removeprefix("torch.")
-        view = fresh(tuple(meta.shape), dtype, axis, self.halos.get(value) if need is None else need, meta.scale)
+        view = fresh(tuple(meta.shape), dtype, axis, self.ahead.halos.get(value) if need is None else need, meta.scale)
         self._clear(view, axis)
         return view
 
@@ -301,7 +204,7 @@ class Lowering:
         x = self.view(step.args[0])
         if x is None or x.dtype != "float32":
             return None
-        if self.value(i) in self.stems:
+        if self.value(i) in self.ahead.stems:
             return self._quantize_in_pairs(i, x)
         y = self.new(self.value(i))
         return y if self._quantized(y, x) else None
@@ -317,7 +220,7 @@ class Lowering:
         meta = self.metas[self.value(i)]
         reader = next(n for n, s in enumerate(self.plan.steps) if any(r.value == self.value(i) for r in refs(s.args)))
         shape = stems.pair_shape(x.shape)
-        sides = halo(self.walks[reader], shape[2:])
+        sides = halo(self.ahead.walks[reader], shape[2:])
         dtype = str(meta.dtype8).removeprefix("torch.")
         y = fresh(shape, dtype, 1, {2 + d: side for d, side in enumerate(sides)}, meta.scale)
         if x.shape[2] % stems.ROWS:  # the last pair has one row
@@ -351,8 +254,8 @@ class Lowering:
             x = self.operand(ref, axis)
             x = None if x is None else windows.pad(self.builder, x, geometry)
         else:
-            inputs = tuple(shape[axis + 1 :]) if ref.value not in self.stems else stems.pair_shape(shape)[2:]
-            x = self.operand(ref, axis, self._halo(i, axis, inputs) if geometry.dims else None)
+            inputs = tuple(shape[axis + 1 :]) if ref.value not in self.ahead.stems else stems.pair_shape(shape)[2:]
+            x = self.operand(ref, axis, self.ahead.halo(i, axis, inputs) if geometry.dims else None)
         if x is None or x.dtype == "float32":
             return None
         residual = None
@@ -367,7 +270,7 @@ class Lowering:
                     return None
                 residual = laid
         stem = None
-        if ref.value in self.stems:
+        if ref.value in self.ahead.stems:
             padding: Any = geometry.padding
             stem = -padding[0] % stems.ROWS
         y = self.new(self.value(i), axis)
@@ -375,8 +278,8 @@ class Lowering:
         operands = groups.Operands(
             as_images(x, axis), as_images(y, axis), None if residual is None else as_images(residual, axis), stem
         )
-        for n, walks in enumerate(self.walks[i]):
-            groups.emit(self.builder, self.constants, step, walks, operands, barrier=n == len(self.walks[i]) - 1)
+        for n, walks in enumerate(self.ahead.walks[i]):
+            groups.emit(self.builder, self.constants, step, walks, operands, barrier=n == len(self.ahead.walks[i]) - 1)
         return y
 
     def _operator(self, i: int, step: Step) -> View | None:
@@ -395,7 +298,7 @@ class Lowering:
         axis = _memory_axis(a if len(a.shape) == len(self.metas[self.value(i)].shape) else b)
         if any(s.dim() for s in (a.scale, b.scale, scale)) and self.metas[self.value(i)].dim() < 2:
             return None
-        y = self.new(self.value(i), self.axes.get(self.value(i), axis))
+        y = self.new(self.value(i), self.ahead.axes.get(self.value(i), axis))
         if kind == "add":
             m, ratio, bound = reference.group_multipliers(a.scale, None, scale, b.scale)
         else:
@@ -410,7 +313,7 @@ class Lowering:
             return None
         meta = self.metas[value]
         dim %= meta.dim()
-        y = self.joined.get(value) or self._integers(value, self.axes.get(value, _memory_axis(views[0])))  # type: ignore[arg-type]
+        y = self.joined.get(value) or self._integers(value, self.ahead.axes.get(value, _memory_axis(views[0])))  # type: ignore[arg-type]
         scale = self.constants[step.params["scale"].name]
         begin = 0
         last: Operation | None = None
@@ -434,7 +337,7 @@ class Lowering:
         x = self.view(step.args[0])
         if x is None:
             return None
-        y = self.new(self.value(i), self.axes.get(self.value(i), _memory_axis(x)))
+        y = self.new(self.value(i), self.ahead.axes.get(self.value(i), _memory_axis(x)))
         done = elementwise.emit(self.builder, "table", y, x, table=self.constants[step.params["table"].name])
         return y if done else None
 

@@ -130,7 +130,7 @@ def _relu(lowering: Lowering, i: int, ref: Ref) -> View | None:
 
 def _axis_of(lowering: Lowering, i: int, x: View) -> int:
     default = min(range(len(x.shape)), key=lambda d: (x.strides[d] if x.shape[d] > 1 else 2**62, -d), default=0)
-    return lowering.axes.get(lowering.value(i), default)
+    return lowering.ahead.axes.get(lowering.value(i), default)
 
 
 def _join(lowering: Lowering, i: int, step: Step, meta: QTensor) -> View | None:
