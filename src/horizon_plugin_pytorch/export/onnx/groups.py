@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from horizon_plugin_pytorch.export.onnx.graph import Array, Graph
 from horizon_plugin_pytorch.export.onnx.lowering import Dim, Lowering
@@ -119,7 +120,7 @@ def residual(low: Lowering, g: Group, other: Any) -> str:
     assert g.r is not None and g.residual_ratio is not None
     if low.form == "float" or g.y is None:
         return low.tensor(other)
-    factor = g.residual_ratio.astype(np.float64) * float(g.y.scale) / float(g.r.scale)
+    factor: Array = g.residual_ratio.astype(np.float64) * float(g.y.scale) / float(g.r.scale)
     r = low.scaled(other)
     if np.all(np.abs(factor - 1) < 1e-6):
         return r
@@ -203,38 +204,30 @@ def output_padding(low: Lowering, geometry: Geometry, sizes: Sizes, step: Step) 
     wanted, inputs = list(wanted)[-geometry.dims :], sizes[-geometry.dims :]
     if any(isinstance(n, (Dim, str)) for n in wanted) or None in inputs:
         raise NeedsFixedSize("a transposed convolution whose output_size depends on the input's")
-    x = np.empty((1, 1, *inputs), np.int8)
-    return list(geometry._extra(x, wanted))  # type: ignore[arg-type]
+    x = torch.empty((1, 1, *(int(n or 0) for n in inputs)), device="meta")
+    return list(geometry._extra(x, wanted))
 
 
 def weight(low: Lowering, g: Group) -> str:
     """The weight as float32: int8 and DequantizeLinear, or already float in the form ``float``."""
-    graph, geometry = low.graph, g.geometry
-    array, axis, scales = g.weight, 0, g.scales
-    rearranged = False
-    if geometry.transposed:
-        outputs = array.shape[1]
-        if geometry.groups == 1:
-            axis = 1
-        elif outputs == 1:
-            scales = np.repeat(scales, array.shape[0] // geometry.groups)
-        else:
-            array, rearranged = _output_channels_first(array, geometry.groups), True
+    graph, groups, transposed = low.graph, g.geometry.groups, g.geometry.transposed
     if low.form == "float":
-        true = true_weight_scales(g)
-        if geometry.transposed:
-            w = _output_channels_first(g.weight, geometry.groups) * true.reshape(-1, *[1] * (g.weight.ndim - 1))
-            return graph.initializer(f"{g.path}.weight", _transposed_order(w, geometry.groups).astype(FLOAT32))
+        first = _output_channels_first(g.weight, groups) if transposed else g.weight
+        real = first * true_weight_scales(g).reshape(-1, *[1] * (first.ndim - 1))
         return graph.initializer(
-            f"{g.path}.weight", (g.weight * true.reshape(-1, *[1] * (g.weight.ndim - 1))).astype(FLOAT32)
+            f"{g.path}.weight", (_transposed_order(real, groups) if transposed else real).astype(FLOAT32)
         )
-    w = dequantized(low, g, "weight", array, scales, axis)
-    if rearranged:
-        groups, (outputs, inputs, *kernel) = geometry.groups, array.shape
-        w = graph.op("Reshape", w, graph.constant([groups, outputs // groups, inputs, *kernel]))
-        w = graph.op("Transpose", w, perm=[0, 2, 1, *range(3, 3 + len(kernel))])
-        w = graph.op("Reshape", w, graph.constant([groups * inputs, outputs // groups, *kernel]))
-    return w
+    if not transposed:
+        return dequantized(low, g, "weight", g.weight, g.scales, 0)
+    inputs, outputs, *kernel = g.weight.shape
+    if groups == 1:
+        return dequantized(low, g, "weight", g.weight, g.scales, 1)
+    if outputs == 1:
+        return dequantized(low, g, "weight", g.weight, np.repeat(g.scales, inputs // groups), 0)
+    w = dequantized(low, g, "weight", _output_channels_first(g.weight, groups), g.scales, 0)
+    w = graph.op("Reshape", w, graph.constant([groups, outputs, inputs // groups, *kernel]))
+    w = graph.op("Transpose", w, perm=[0, 2, 1, *range(3, 3 + len(kernel))])
+    return graph.op("Reshape", w, graph.constant([inputs, outputs, *kernel]))
 
 
 def _transposed_order(w: Array, groups: int) -> Array:

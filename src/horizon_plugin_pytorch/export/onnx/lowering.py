@@ -23,8 +23,6 @@ from horizon_plugin_pytorch.export.onnx.shapes import Shapes, Sizes
 from horizon_plugin_pytorch.plan import Plan, Step
 from horizon_plugin_pytorch.plan.program import Const, Ref
 
-FORMS = ("qdq", "qoperator", "float")
-
 
 @dataclass(eq=False)
 class Quantized:
@@ -171,10 +169,8 @@ class Lowering:
     def _step(self, step: Step) -> Any:
         from horizon_plugin_pytorch.export.onnx import functions, groups, integers, operators
 
-        if step.kind == "group":
-            in_integers = self.form == "qoperator" and integers.applies(step)
-            return integers.group(self, step) if in_integers else groups.group(self, step)
         rules: dict[str, Callable[[Lowering, Step], Any]] = {
+            "group": integers.group if self.form == "qoperator" else groups.group,
             "quantize": operators.quantize,
             "dequantize": operators.dequantize,
             "operator": operators.operator,

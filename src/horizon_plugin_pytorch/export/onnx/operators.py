@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from horizon_plugin_pytorch.export.onnx import pools
+from horizon_plugin_pytorch.export.onnx import integers, pools
 from horizon_plugin_pytorch.export.onnx.lowering import Lowering, Quantized
 from horizon_plugin_pytorch.export.onnx.scales import FLOAT32, Units
 from horizon_plugin_pytorch.export.onnx.tables import recognize
@@ -35,6 +35,10 @@ def dequantize(low: Lowering, step: Step) -> Any:
 
 def operator(low: Lowering, step: Step) -> Any:
     units = low.units(step.params["scale"], step.params["dtype"])
+    if low.form == "qoperator" and not _joins(low, step, units):
+        exact = integers.operator(low, step, units, [low.argument(a) for a in step.args])
+        if exact is not None:
+            return exact
     y = _OPERATORS[step.params["name"]](low, step, units, **step.params["options"])
     return y if isinstance(y, Quantized) else _rounded(low, y, units, step.name)
 
@@ -52,14 +56,18 @@ def _mul(low: Lowering, step: Step, units: Units) -> str:
     return low.graph.op("Mul", *(low.tensor(low.argument(a)) for a in step.args), name=step.name)
 
 
+def _joins(low: Lowering, step: Step, units: Units) -> bool:
+    """Whether it is a Cat of operands that all have the output's units, which are joined as they are."""
+    if step.params["name"] != "Cat":
+        return False
+    found = [v.units if isinstance(v, Quantized) else None for v in map(low.argument, step.args)]
+    return all(u is not None and (u.scale, u.dtype, u.channels) == (units.scale, units.dtype, None) for u in found)
+
+
 def _cat(low: Lowering, step: Step, units: Units, dim: int = 0) -> Any:
-    """Operands that all have the output's units are joined as they are."""
     operands = [low.argument(a) for a in step.args]
     axis = dim % len(low.sizes(step.args[0]))
-    same = all(
-        isinstance(v, Quantized) and v.units.scale == units.scale and v.units.dtype == units.dtype for v in operands
-    )
-    if not same or units.channels is not None or low.form == "float":
+    if low.form == "float" or not _joins(low, step, units):
         return low.graph.op("Concat", *map(low.tensor, operands), axis=axis, name=step.name)
     if low.form == "qoperator":
         joined = low.graph.op("Concat", *map(low.integers, operands), axis=axis, name=step.name)
@@ -95,12 +103,12 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 
 
 def table(low: Lowering, step: Step) -> Any:
-    """A function that gives the same table, on float32; else the table itself, on the integers."""
+    """A function that gives the same table, on float32; else, and in the form ``qoperator``, the table itself, on the integers."""
     graph, value = low.graph, low.argument(step.args[0])
     assert isinstance(value, Quantized)
     entries = low.constant(step.params["table"].name)
     units = low.units(step.params["scale"], step.params["dtype"])
-    known = recognize(entries, value.units, units)
+    known = None if low.form == "qoperator" else recognize(entries, value.units, units)
     if known is not None:
         return low.quantize(known.emit(graph, low.tensor(value)), units, step.name)
     if low.form == "float":

@@ -73,7 +73,9 @@ def average(
     if ceil_mode and counted and any(pads):
         # the padding counts, what lies behind it does not: the padding is written out, and then there is none
         if any(s + p > k for k, s, p in zip(kernel, steps, pads, strict=True)):
-            raise ExportError("an average pool with ceil_mode whose last window could begin in the padding: pad its input instead")
+            raise ExportError(
+                "an average pool with ceil_mode whose last window could begin in the padding: pad its input instead"
+            )
         x = graph.op("Pad", x, graph.constant([0, 0, *pads, 0, 0, *pads]))
         pads = (0,) * dims
     ends = _ends(sizes, kernel, steps, pads, "an average pool") if ceil_mode else list(pads)

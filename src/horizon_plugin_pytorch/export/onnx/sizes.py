@@ -23,7 +23,9 @@ def is_dynamic(arguments: Any) -> bool:
     """Whether a `Dim` is among nested arguments."""
     if isinstance(arguments, slice):
         return is_dynamic((arguments.start, arguments.stop, arguments.step))
-    return any(isinstance(leaf, Dim) or (isinstance(leaf, slice) and is_dynamic(leaf)) for leaf in tree_leaves(arguments))
+    return any(
+        isinstance(leaf, Dim) or (isinstance(leaf, slice) and is_dynamic(leaf)) for leaf in tree_leaves(arguments)
+    )
 
 
 def size_of(graph: Graph, tensor: str, sizes: Sizes) -> tuple[Size, ...]:
@@ -75,7 +77,9 @@ def _node(kind: str) -> Callable[[Graph, Any, Any], Dim]:
 
 def _whole(x: Any) -> int:
     if isinstance(x, float) and not x.is_integer():
-        raise ExportError(f"a size is computed with {x}: write it with whole numbers, or export with dynamic_size=False")
+        raise ExportError(
+            f"a size is computed with {x}: write it with whole numbers, or export with dynamic_size=False"
+        )
     return int(x)
 
 

@@ -35,7 +35,11 @@ def function(low: Lowering, step: Step) -> Any:
     meta = low.shapes.meta(low.index)
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(meta)):
         return _host(low, step, meta)
-    if step.target == "operator.getitem" and isinstance(step.args[1], int) and isinstance(low.argument(step.args[0]), tuple):
+    if (
+        step.target == "operator.getitem"
+        and isinstance(step.args[1], int)
+        and isinstance(low.argument(step.args[0]), tuple)
+    ):
         return low.argument(step.args[0])[step.args[1]]
     name = step.target.rpartition(".")[2].rstrip("_")
     if step.target == "attribute":
@@ -61,9 +65,11 @@ def function(low: Lowering, step: Step) -> Any:
         return result
     known = units
     return tree_map(
-        lambda t: t
-        if isinstance(t, Quantized)
-        else Quantized(known, step.name, **{"integers" if moves_integers else "scaled": t}),
+        lambda t: (
+            t
+            if isinstance(t, Quantized)
+            else Quantized(known, step.name, **{"integers" if moves_integers else "scaled": t})
+        ),
         result,
     )
 
@@ -86,7 +92,11 @@ def _host(low: Lowering, step: Step, meta: Any) -> Any:
             only = [n if d == which % len(sizes) else 0 for d, n in enumerate(sizes)]
             return size_of(low.graph, tensor, tuple(only))[which]
         if step.target == "method.numel" and None in sizes:
-            return Dim(low.graph.op("Reshape", low.graph.op("Size", low.tensor(low.env[source.value])), low.graph.constant([1])))
+            return Dim(
+                low.graph.op(
+                    "Reshape", low.graph.op("Size", low.tensor(low.env[source.value])), low.graph.constant([1])
+                )
+            )
         return meta
     if not is_dynamic(arguments):
         return meta
@@ -95,4 +105,6 @@ def _host(low: Lowering, step: Step, meta: Any) -> Any:
         return args[0][args[1]]
     if step.target in ARITHMETIC and len(args) == 2 and not step.kwargs:
         return ARITHMETIC[step.target](low.graph, *args)
-    raise ExportError(f"{step.target} of a size that varies has no form in ONNX here: export with dynamic_size=False and dynamic_batch=False")
+    raise ExportError(
+        f"{step.target} of a size that varies has no form in ONNX here: export with dynamic_size=False and dynamic_batch=False"
+    )

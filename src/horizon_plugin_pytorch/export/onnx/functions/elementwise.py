@@ -232,4 +232,3 @@ RULES: dict[str, Callable[..., Any]] = {
     "softplus": softplus, "hardshrink": hardshrink, "softshrink": softshrink, "threshold": threshold, "prelu": prelu, "round": rounding,
     "ones_like": ones_like,
 }  # fmt: skip
-

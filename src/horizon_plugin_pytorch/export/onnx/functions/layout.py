@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from horizon_plugin_pytorch.export.errors import ExportError
-from horizon_plugin_pytorch.export.onnx import pools
+from horizon_plugin_pytorch.export.onnx import integers, pools
 from horizon_plugin_pytorch.export.onnx.functions.call import Call, onnx_type
 from horizon_plugin_pytorch.export.onnx.lowering import Dim
 from horizon_plugin_pytorch.export.onnx.shapes import NeedsFixedSize
@@ -126,7 +126,10 @@ def repeat(c: Call, input: Any, *repeats: Any) -> str:
 
 
 def _slice(c: Call, x: str, axis: int, start: Any, stop: Any, step: int = 1, name: str | None = None) -> str:
-    vectors = [as_vector(c.graph, [0 if start is None else start]), as_vector(c.graph, [_LAST if stop is None else stop])]
+    vectors = [
+        as_vector(c.graph, [0 if start is None else start]),
+        as_vector(c.graph, [_LAST if stop is None else stop]),
+    ]
     return c.graph.op("Slice", x, *vectors, c.graph.constant([axis]), c.graph.constant([step]), name=name)
 
 
@@ -146,7 +149,9 @@ def select(c: Call, input: Any, dim: int, index: Any) -> str:
 def getitem(c: Call, input: Any, index: Any) -> str:
     parts = list(index) if isinstance(index, (tuple, list)) else [index]
     if isinstance(index, list) or any(isinstance(p, (list, bool)) for p in parts):
-        raise ExportError("an index that is a list or a truth value has no form in ONNX here: use slices, numbers or one tensor")
+        raise ExportError(
+            "an index that is a list or a truth value has no form in ONNX here: use slices, numbers or one tensor"
+        )
     used = sum(p is not None and p is not Ellipsis for p in parts)
     if Ellipsis in parts:
         at = parts.index(Ellipsis)
@@ -186,7 +191,9 @@ def getitem(c: Call, input: Any, index: Any) -> str:
     return x
 
 
-def split(c: Call, input: Any, split_size_or_sections: Any = None, dim: int = 0, split_size: Any = None) -> tuple[str, ...]:
+def split(
+    c: Call, input: Any, split_size_or_sections: Any = None, dim: int = 0, split_size: Any = None
+) -> tuple[str, ...]:
     wanted = c.fixed(split_size if split_size_or_sections is None else split_size_or_sections, "split")
     axis = dim % c.rank(input)
     total = c.sizes(input)[axis]
@@ -308,7 +315,9 @@ def identity(c: Call, input: Any, *_: Any, **__: Any) -> Any:
 
 def dropout(c: Call, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     if training and p > 0:
-        raise ExportError("dropout that is on in evaluation: a deployed model has none; put the model into eval mode before it is recorded")
+        raise ExportError(
+            "dropout that is on in evaluation: a deployed model has none; put the model into eval mode before it is recorded"
+        )
     return c.value(input)
 
 
@@ -331,7 +340,9 @@ def _max_pool(dims: int) -> Callable[..., str]:
         x, sizes = c.tensor(input), c.sizes(input)
         kernel = c.fixed(kernel_size, "a max pool whose kernel depends on the input's size")
         step = c.fixed(stride, "a max pool whose stride depends on the input's size")
-        return pools.maximum(c.graph, x, sizes, c.path, dims, kernel, step, padding, dilation, ceil_mode, return_indices)
+        return pools.maximum(
+            c.graph, x, sizes, c.path, dims, kernel, step, padding, dilation, ceil_mode, return_indices
+        )
 
     return rule
 
@@ -346,7 +357,11 @@ def _adaptive_max_pool(dims: int) -> Callable[..., str]:
 
 _RESIZE: dict[str, dict[str, Any]] = {
     "nearest": {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"},
-    "nearest-exact": {"mode": "nearest", "coordinate_transformation_mode": "half_pixel", "nearest_mode": "round_prefer_ceil"},
+    "nearest-exact": {
+        "mode": "nearest",
+        "coordinate_transformation_mode": "half_pixel",
+        "nearest_mode": "round_prefer_ceil",
+    },
     "linear": {"mode": "linear"},
     "bilinear": {"mode": "linear"},
     "trilinear": {"mode": "linear"},
@@ -357,7 +372,7 @@ _RESIZE: dict[str, dict[str, Any]] = {
 def interpolate(
     c: Call, input: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest", align_corners: bool | None = None,
     recompute_scale_factor: bool | None = None, antialias: bool = False,
-) -> str:  # fmt: skip
+) -> Any:  # fmt: skip
     """Resize. A scale factor is given as one, unless PyTorch recomputes it from the sizes."""
     if mode not in _RESIZE:
         raise ExportError(f"interpolate with mode {mode!r} has no form in ONNX: use nearest, bilinear or bicubic")
@@ -369,11 +384,21 @@ def interpolate(
         attributes["antialias"] = 1
     graph, rank, sizes = c.graph, c.rank(input), c.result
     spatial = rank - 2
+    units = None if mode.startswith("nearest") else c.units
+    counted = units is not None and c.low.form == "qoperator"
+    x = integers.counted(c.low, c.value(input)) if counted else c.tensor(input)
+
+    def rounded(y: str) -> Any:
+        """Linear up-sampling of integers rounds its sums."""
+        if units is None:
+            return y
+        return integers.rounded(c.low, y, units, c.path) if counted else c.low.quantize(y, units, c.path)
+
     factors = c.value(scale_factor)
     if factors is not None and not recompute_scale_factor:
-        listed = [float(factors)] * spatial if isinstance(factors, (int, float)) else [float(f) for f in factors]
-        scales = graph.constant([1.0, 1.0, *listed], np.float32)
-        return c.op("Resize", c.tensor(input), "", scales, **attributes)
+        each = [factors] * spatial if isinstance(factors, (int, float)) else list(factors)
+        scales = graph.constant([1.0, 1.0, *each], np.float32)
+        return rounded(c.op("Resize", x, "", scales, **attributes))
     if size is not None:
         wanted = c.value(size)
         listed = list(wanted) if isinstance(wanted, (tuple, list)) else [wanted] * spatial
@@ -382,7 +407,7 @@ def interpolate(
     else:
         listed = list(sizes[2:])
     ends = as_vector(graph, [*_current(c, input, [0, 1]), *listed])
-    return c.op("Resize", c.tensor(input), "", "", ends, **attributes)
+    return rounded(c.op("Resize", x, "", "", ends, **attributes))
 
 
 RULES: dict[str, Callable[..., Any]] = {
@@ -402,4 +427,3 @@ ON_INTEGERS = {
     getitem, split, chunk, unbind, index_select, flip, cat, stack, channel_shuffle, RULES["max_pool2d"], RULES["pixel_shuffle"],
 }  # fmt: skip
 """Rules whose nodes take 8-bit integers as well."""
-

@@ -39,7 +39,9 @@ def _affine(c: Call, y: str, weight: Any, bias: Any, behind: int) -> str:
     return y
 
 
-def layer_norm(c: Call, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> str:
+def layer_norm(
+    c: Call, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> str:
     c.graph.require(17)
     x, count = c.tensor(input), len(as_list(normalized_shape))
     scale = (
@@ -180,7 +182,9 @@ def attention(
 ) -> str:  # fmt: skip
     """``softmax(q k^T * scale + mask) v``."""
     if dropout_p or enable_gqa or is_causal:
-        raise ExportError("attention with dropout, grouped queries or a causal mask has no form in ONNX here: give attn_mask")
+        raise ExportError(
+            "attention with dropout, grouped queries or a causal mask has no form in ONNX here: give attn_mask"
+        )
     graph, rank, width = c.graph, c.rank(query), c.sizes(query)[-1]
     if scale is None and width is None:
         raise NeedsFixedSize("attention over a width that varies")
@@ -196,7 +200,12 @@ def attention(
 
 
 def grid_sample(
-    c: Call, input: Any, grid: Any, mode: str = "bilinear", padding_mode: str = "zeros", align_corners: bool | None = None
+    c: Call,
+    input: Any,
+    grid: Any,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool | None = None,
 ) -> str:
     c.graph.require(16)
     renamed = {"bilinear": "linear", "bicubic": "cubic"}.get(mode, mode) if c.graph.opset >= 20 else mode
@@ -205,9 +214,7 @@ def grid_sample(
     )  # fmt: skip
 
 
-def local_response_norm(
-    c: Call, input: Any, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
-) -> str:
+def local_response_norm(c: Call, input: Any, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> str:
     return c.op("LRN", c.tensor(input), size=size, alpha=float(alpha), beta=float(beta), bias=float(k))
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 
 from horizon_plugin_pytorch.export.errors import ExportError
@@ -63,11 +63,13 @@ def var(
         from horizon_plugin_pytorch.export.onnx.shapes import NeedsFixedSize
 
         raise NeedsFixedSize("an unbiased variance over a dimension that varies")
-    n = int(np.prod([sizes[d] for d in dims]))  # type: ignore[misc]
+    n = prod(int(sizes[d] or 0) for d in dims)
     return c.graph.op("Mul", y, c.graph.scalar(n / (n - away)))
 
 
-def std(c: Call, input: Any, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: Any = None) -> str:
+def std(
+    c: Call, input: Any, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: Any = None
+) -> str:
     return c.op("Sqrt", var(c, input, dim, unbiased, keepdim, correction=correction))
 
 
@@ -162,4 +164,3 @@ RULES: dict[str, Callable[..., Any]] = {
     "argmin": _places("ArgMin"), "var": var, "std": std, "norm": norm, "normalize": normalize, "cumsum": cumsum, "topk": topk, "sort": sort,
     "arange": arange, "zeros": _filled(0), "ones": _filled(1), "full": full, "new_zeros": _new(0), "new_ones": _new(1), "meshgrid": meshgrid,
 }  # fmt: skip
-

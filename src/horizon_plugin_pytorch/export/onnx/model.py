@@ -1,11 +1,10 @@
-"""`to_onnx`: from a plan to a file that other runtimes run."""
+"""The ONNX model of a plan: graph, inputs and outputs, metadata, checked."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 from onnx import helper
@@ -13,62 +12,9 @@ from onnx import helper
 import horizon_plugin_pytorch
 from horizon_plugin_pytorch.export.errors import ExportError
 from horizon_plugin_pytorch.export.onnx.graph import HIGHEST_OPSET, LOWEST_OPSET, Graph, NeedsOpset
-from horizon_plugin_pytorch.export.onnx.lowering import FORMS, Lowering, element_type, named_outputs
+from horizon_plugin_pytorch.export.onnx.lowering import Lowering, element_type, named_outputs
 from horizon_plugin_pytorch.export.onnx.shapes import AXES, NeedsFixedSize, Shapes, Sizes, find_shapes
-from horizon_plugin_pytorch.plan import Plan, PlanError
-from horizon_plugin_pytorch.plan.store import validate
-
-Form = Literal["qdq", "qoperator", "float"]
-
-
-def to_onnx(
-    plan: Plan,
-    path: str | Path,
-    *,
-    form: Form = "qdq",
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
-    dynamic_batch: bool = True,
-    dynamic_size: bool | None = None,
-) -> Path:
-    """Write `plan` as an ONNX model.
-
-    Args:
-        plan: from `horizon.plan.record` or `load`.
-        path: of the file; one that is there is replaced only when the new one is complete.
-        form: ``qdq``: float operators between DequantizeLinear and QuantizeLinear, which runtimes fuse to integer ones; int8
-            weights with one scale per output channel, int32 biases. ``qoperator``: QLinearConv, ConvInteger, MatMulInteger.
-            ``float``: float32 throughout, weights dequantized.
-        input_names: of the inputs; as the model's arguments if left out.
-        output_names: of the outputs, in the order in which the model returns them, dicts by their keys; keys, or the modules that
-            make them, if left out.
-        dynamic_batch: the first dimension of the inputs may have any size.
-        dynamic_size: the dimensions of the inputs from the third on may have any size. None: if the plan and ONNX allow it.
-
-    Returns:
-        `path`. The file's metadata has the package's version, the model's class, the form, and in ``horizon.scales`` the scale and dtype of
-        every tensor that was quantized, as JSON. Outputs that are integers in the plan are the float32 values they stand for.
-
-    Raises:
-        ExportError: a step has no form in ONNX, the plan is not valid or does not accept other sizes; no file is written.
-        MissingExtraError: ``onnx`` is not installed.
-        OSError: the file cannot be written.
-    """
-    if form not in FORMS:
-        raise ExportError(f"form {form!r} is not one of {', '.join(FORMS)}")
-    try:
-        validate(plan)
-    except PlanError as error:
-        raise ExportError(f"the plan is not valid: {error}") from error
-    model = build(plan, form, input_names, output_names, dynamic_batch, dynamic_size)
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(model.SerializeToString())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+from horizon_plugin_pytorch.plan import Plan
 
 
 def build(
@@ -79,7 +25,7 @@ def build(
     dynamic_batch: bool,
     dynamic_size: bool | None,
 ) -> onnx.ModelProto:
-    """The checked model; arguments as `to_onnx`."""
+    """The checked model; arguments as `horizon.export.to_onnx`."""
     names = list(input_names or plan.inputs)
     if len(names) != len(plan.inputs) or len({*names, *(output_names or ())}) != len(names) + len(output_names or ()):
         raise ExportError(
@@ -151,5 +97,3 @@ def _metadata(plan: Plan, form: str) -> dict[str, str]:
         "horizon.form": form,
         "horizon.scales": json.dumps(scales),
     }
-
-
