@@ -16,9 +16,10 @@ from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
 from horizon_plugin_pytorch.errors import FusionError
+from horizon_plugin_pytorch.fusion import examples
 from horizon_plugin_pytorch.fusion import patterns as p
-from horizon_plugin_pytorch.fusion import tracing
 from horizon_plugin_pytorch.fusion.matching import Match, Matcher
+from horizon_plugin_pytorch.fusion.parts import join, trace_parts
 from horizon_plugin_pytorch.fusion.patterns import Pattern
 from horizon_plugin_pytorch.fusion.report import FusionReport, Group, Miss, Untraced
 from horizon_plugin_pytorch.nn.intrinsic.assemble import Parts, assemble, replace_module
@@ -187,15 +188,15 @@ def _places(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _match(model: nn.Module, example_inputs: Any, keep_bn: bool) -> tuple[dict[str, Matcher], FusionReport]:
-    given = tracing.given_names(model, example_inputs)
-    traced, whole = tracing.trace_parts(model, given)
+    given = examples.given_names(model, example_inputs)
+    traced, whole = trace_parts(model, given)
     report = FusionReport(type(model).__name__)
     report.untraced += [Untraced(path, type(module).__name__, reason) for path, (module, reason) in whole.items()]
     matchers, places = {}, _places(model)
     for path, part in traced.items():
         if not path and example_inputs is not None:
-            args, kwargs = tracing.call_arguments(example_inputs)
-            if stopped := tracing.record_shapes(part, args, kwargs):
+            args, kwargs = examples.call_arguments(example_inputs)
+            if stopped := examples.record_shapes(part, args, kwargs):
                 report.notes.append(f"shapes are known only in part, so broadcasting adds may not be seen: {stopped}")
         matcher = Matcher(part, path, keep_bn, places)
         matcher.run()
@@ -301,8 +302,8 @@ def _describe(matcher: Matcher, match: Match, keep_bn: bool) -> Group:
     stages = [match.anchor, match.norm.node if match.norm else None, match.add, match.activation]
     names = [matcher.name(n) for n in stages if n is not None]
     if match.functional is not None:
-        names[1 + (match.norm is not None)] = tracing._join(matcher.prefix, match.functional)
-    target = tracing._join(matcher.prefix, match.target)
+        names[1 + (match.norm is not None)] = join(matcher.prefix, match.functional)
+    target = join(matcher.prefix, match.target)
     return Group(pattern, tuple(names), target, not keep_bn, match.anchor.meta.get("source"))
 
 

@@ -6,11 +6,9 @@ does one that cannot be traced: the road around it is still traced, and its own 
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from horizon_plugin_pytorch.fusion import calls, operators, patterns
+from horizon_plugin_pytorch.fusion import operators, patterns
 from horizon_plugin_pytorch.nn.intrinsic import FusedGroup, Handoff
 from horizon_plugin_pytorch.nn.intrinsic.handoff import AnchorInput, refuse_escaped
 
@@ -106,7 +104,7 @@ class FusionTracer(fx.Tracer):
             self.module_stack.update(stack)
             self._interesting = interesting
             self.left_whole = whole
-            self.left_whole[path] = _explain(error)
+            self.left_whole[path] = explain(error)
             return self._call_whole(path, args, kwargs, overwrites=True)
         finally:
             del m.__dict__["_check_input_dim"]
@@ -209,7 +207,7 @@ def is_stub(m: nn.Module) -> bool:
     return any(t.__name__ in ("QuantStub", "DeQuantStub") for t in type(m).__mro__)
 
 
-def _explain(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
     text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text[:200]}"
 
@@ -222,95 +220,6 @@ def _user_line() -> str | None:
             return f"{filename}:{frame.f_lineno}"
         frame = frame.f_back
     return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# The largest traceable parts
-
-
-def trace_parts(model: nn.Module, given: frozenset[str]) -> tuple[dict[str, Traced], dict[str, tuple[nn.Module, str]]]:
-    """Trace `model` in as few parts as possible.
-
-    Returns:
-        the traced parts by their path in the model (``""``: the model itself), and the modules that could not be traced with
-        the reason, likewise.
-    """
-    traced: dict[str, Traced] = {}
-    whole: dict[str, tuple[nn.Module, str]] = {}
-    todo: deque[tuple[str, nn.Module, frozenset[str] | None]] = deque([("", model, given)])
-    seen: set[int] = set()
-    while todo:
-        path, module, names = todo.popleft()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        if is_known(module) or isinstance(module, FusedGroup) or not _has_anchor(module):
-            continue
-        if type(module).forward is nn.Module.forward or not callable(getattr(type(module), "forward", None)):
-            todo.extendleft(reversed(list(_parts(path, module))))
-            continue
-        if reason := calls.own_call(module):
-            whole[path] = (module, reason)
-            continue
-        if names is None and (optional := _optional(module)):
-            whole[path] = (module, f"its calls do not all pass the same of its optional arguments {optional}")
-            todo.extendleft(reversed(list(_parts(path, module))))
-            continue
-        names = names or frozenset()
-        tracer = FusionTracer(names)
-        try:
-            with attributes_kept(module) as constants:
-                graph = tracer.trace(module)
-        except Exception as error:
-            whole[path] = (module, _explain(error))
-            todo.extendleft(reversed(list(_parts(path, module))))
-            continue
-        traced[path] = Traced(module, graph, tracer.left_whole, _of_this_mode(module, graph, names), constants)
-        for inner, reason in tracer.left_whole.items():
-            child = module.get_submodule(inner)
-            if _has_anchor(child):
-                whole[_join(path, inner)] = (child, reason)
-                todo.extend(_parts(_join(path, inner), child, _uses_inside(graph, inner)))
-    return traced, whole
-
-
-def _of_this_mode(module: nn.Module, graph: fx.Graph, given: frozenset[str]) -> set[fx.Node] | None:
-    """The nodes of `graph` that a trace in the other training mode does not have."""
-    modes = {m: m.training for m in module.modules()}
-    other_mode = not module.training
-    try:
-        with attributes_kept(module):
-            for m in modes:
-                m.training = other_mode
-            other = FusionTracer(given).trace(module)
-    except Exception:
-        return None
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
-
-    def describe(node: fx.Node) -> tuple[Any, ...]:
-        return node.op, str(node.target), str(node.args), str(node.kwargs)
-
-    there = {node.name: describe(node) for node in other.nodes}
-    return {node for node in graph.nodes if there.get(node.name) != describe(node)}
-
-
-def _uses_inside(graph: fx.Graph, path: str) -> frozenset[calls.Use]:
-    """Uses of what is inside the module at `path` by the graph itself."""
-    inside = [
-        (n, str(n.target))
-        for n in graph.nodes
-        if n.op in ("call_module", "get_attr") and str(n.target).startswith(f"{path}.")
-    ]
-    uses = set()
-    for node, target in inside:
-        names = tuple(target[len(path) + 1 :].split("."))
-        if node.op == "call_module":
-            uses.add(calls.Use(names, True, (len(node.args), frozenset(node.kwargs))))
-        else:
-            uses.add(calls.Use(names[:-1], False))
-    return frozenset(uses)
 
 
 @contextmanager
@@ -328,124 +237,3 @@ def attributes_kept(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         for m, attributes in before:
             m.__dict__.clear()
             m.__dict__.update(attributes)
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _optional(module: nn.Module) -> list[str]:
-    """Arguments of a forward that a call can leave out."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    return [p.name for p in parameters if p.default is not inspect.Parameter.empty]
-
-
-def _has_anchor(module: nn.Module) -> bool:
-    """There is something to fuse inside, or something that looks as if it were."""
-    return any(isinstance(m, patterns.anchor_types()) for m in module.modules())
-
-
-def _parts(
-    path: str, module: nn.Module, uses: frozenset[calls.Use] = frozenset()
-) -> Iterator[tuple[str, nn.Module, frozenset[str] | None]]:
-    """The parts of a module left whole that may be fused on their own: those that are called and nothing else.
-
-    Args:
-        uses: what is known of uses from outside the module.
-    """
-    for name, part, given in calls.parts_of(module, uses):
-        yield _join(path, name), part, given
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Shapes
-
-
-def record_shapes(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Put ``meta["shape"]`` and ``meta["dtype"]`` on every node, computed without computing (fake tensors).
-
-    A module left whole is seen to overwrite its inputs, or not to: ``meta["overwrites"]`` then says so.
-
-    Returns:
-        why it stopped, if it did.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._pytree import tree_leaves, tree_map_only
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            inputs = tree_leaves([self.env[i] for i in n.all_input_nodes]) if n.meta.get("opaque") else []
-            before = [(t, t._version) for t in inputs if isinstance(t, torch.Tensor)]
-            value = super().run_node(n)
-            if n.meta.get("opaque"):
-                n.meta["overwrites"] = any(t._version != version for t, version in before)
-            if isinstance(value, torch.Tensor):
-                n.meta["shape"], n.meta["dtype"] = tuple(value.shape), value.dtype
-            return value
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    values = bind(traced.graph, args, kwargs)
-    try:
-        root = _without_data(traced, mode)  # outside of the mode: tensors that are plain attributes are copied, too
-        with mode, torch.no_grad():
-            fakes = tree_map_only(torch.Tensor, mode.from_tensor, values)
-            Recorder(root, graph=traced.graph).run(*fakes)
-    except Exception as error:
-        return _explain(error)
-    return None
-
-
-def _without_data(traced: Traced, mode: Any) -> nn.Module:
-    """A copy to run on fake tensors: the model's own batch norms must not count, nor its hooks see anything."""
-    root = traced.root
-    memo = {id(t): mode.from_tensor(t) for t in (*root.parameters(), *root.buffers())}
-    result = copy.deepcopy(root, memo)
-    result.__dict__.update(traced.constants)
-    for module in result.modules():
-        for table in patterns.HOOK_TABLES:
-            getattr(module, table).clear()
-    return result
-
-
-def bind(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Arguments in the order of the graph's placeholders, defaults where not given."""
-    values: list[Any] = []
-    rest = list(args)
-    for node in graph.nodes:
-        if node.op != "placeholder":
-            continue
-        if str(node.target).startswith("**"):
-            values.append({k: v for k, v in kwargs.items() if k not in {str(n.target) for n in graph.nodes}})
-        elif str(node.target).startswith("*"):
-            values.append(tuple(rest))
-            rest = []
-        elif rest:
-            values.append(rest.pop(0))
-        elif node.target in kwargs:
-            values.append(kwargs[node.target])
-        elif node.args:
-            values.append(node.args[0])
-        else:
-            raise ValueError(f"example_inputs have no value for the argument {node.target!r}")
-    return values
-
-
-def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a model call from what a user gives: a tensor, a tuple of arguments or a dict of keyword arguments."""
-    if isinstance(example_inputs, dict):
-        return (), example_inputs
-    if isinstance(example_inputs, tuple):
-        return example_inputs, {}
-    return (example_inputs,), {}
-
-
-def given_names(model: nn.Module, example_inputs: Any) -> frozenset[str]:
-    """Names of forward's arguments that `example_inputs` fill."""
-    if example_inputs is None:
-        return frozenset()
-    args, kwargs = call_arguments(example_inputs)
-    try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        raise ValueError(f"example_inputs do not fit the forward of {type(model).__name__}: {error}") from None
-    return frozenset(bound.arguments)

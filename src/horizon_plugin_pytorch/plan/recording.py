@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from horizon_plugin_pytorch.fusion.tracing import bind, call_arguments, expect_default, given_names
+from horizon_plugin_pytorch.fusion.examples import bind, call_arguments, given_names
+from horizon_plugin_pytorch.fusion.tracing import expect_default
 from horizon_plugin_pytorch.nn.intrinsic import Handoff
 from horizon_plugin_pytorch.nn.intrinsic.handoff import AnchorInput
 from horizon_plugin_pytorch.nn.quantized import operators

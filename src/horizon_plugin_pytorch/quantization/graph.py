@@ -11,6 +11,7 @@ from torch import fx, nn
 from horizon_plugin_pytorch.errors import QuantizationError
 from horizon_plugin_pytorch.fusion import calls, tracing
 from horizon_plugin_pytorch.fusion import patterns as p
+from horizon_plugin_pytorch.fusion.parts import uses_inside
 from horizon_plugin_pytorch.fusion.report import FusionReport
 from horizon_plugin_pytorch.nn.intrinsic import FusedGroup
 from horizon_plugin_pytorch.nn.intrinsic.assemble import replace_module
@@ -74,7 +75,7 @@ def _uses_of(model: nn.Module, path: str) -> frozenset[calls.Use]:
     found: frozenset[calls.Use] = frozenset()
     for place, part in graph_parts(model):
         if not place or path.startswith(f"{place}."):
-            found |= tracing._uses_inside(part.graph, path.removeprefix(f"{place}."))
+            found |= uses_inside(part.graph, path.removeprefix(f"{place}."))
     return found
 
 
