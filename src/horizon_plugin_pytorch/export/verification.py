@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from horizon_plugin_pytorch.export.errors import ExportError, MissingExtraError
-from horizon_plugin_pytorch.nn.quantized.qtensor import dequantize
+from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
 from horizon_plugin_pytorch.plan import Plan
-from horizon_plugin_pytorch.plan.program import refs
 
 Runtime = Literal["onnxruntime", "openvino"]
 Forward = Callable[[list[NDArray[Any]]], list[NDArray[Any]]]
@@ -75,7 +74,7 @@ class Agreement:
 def verify(
     plan: Plan, path: str | Path, data: Any, runtime: Runtime = "onnxruntime", *, optimize: bool = False
 ) -> Agreement:
-    """Run an exported file in another runtime, on the CPU, and compare it with the plan.
+    """Run an exported file in another runtime, on the CPU, and compare it with the plan on the reference backend.
 
     Args:
         plan: what was exported.
@@ -100,12 +99,11 @@ def verify(
     except ImportError as error:
         raise MissingExtraError(f"{runtime} is not installed: pip install {runtime}") from error
     names, forward = _opened(_RUNTIMES[runtime], module, path, optimize)
-    runner, scales = plan.compile(), [plan.values[r.value].scale for r in refs(plan.outputs)]
-    sums = [_Sums() for _ in names]
+    runner, sums = plan.compile("reference"), [_Sums() for _ in names]
     items = 0
     for inputs in _items(plan, data):
         items += 1
-        expected = [dequantize(y) for y in tree_leaves(runner(*inputs))]
+        expected = [y for y in tree_leaves(runner(*inputs)) if isinstance(y, Tensor)]
         try:
             found = forward([x.detach().cpu().numpy() for x in inputs])
         except Exception as error:
@@ -119,10 +117,7 @@ def verify(
             total.add(a, b)
     if not items:
         raise ExportError("there is no data to compare on")
-    outputs = tuple(
-        total.agreement(name, None if scale is None else float(plan.constants[scale].min()))
-        for total, name, scale in zip(sums, names, scales, strict=True)
-    )
+    outputs = tuple(total.agreement(name) for total, name in zip(sums, names, strict=True))
     version = getattr(module, "__version__", "")
     return Agreement(f"{runtime} {version}".strip(), items, outputs)
 
@@ -167,8 +162,11 @@ class _Sums:
     def __init__(self) -> None:
         self.elements = self.differing = 0
         self.largest = self.signal = self.noise = 0.0
+        self.scale: float | None = None
 
     def add(self, expected: Tensor, found: NDArray[Any]) -> None:
+        if isinstance(expected, QTensor):
+            self.scale, expected = float(expected.scale.min()), expected.dequantize()
         a, b = expected.detach().cpu().to(torch.float64), torch.from_numpy(np.asarray(found)).to(torch.float64)
         difference = torch.where(a == b, 0.0, a - b)  # infinities that are the same do not differ
         self.elements += a.numel()
@@ -177,9 +175,9 @@ class _Sums:
         self.signal += float(a.square().sum())
         self.noise += float(difference.square().sum())
 
-    def agreement(self, name: str, scale: float | None) -> OutputAgreement:
+    def agreement(self, name: str) -> OutputAgreement:
         sqnr = inf if self.noise == 0 else 10 * log10(self.signal / self.noise) if self.signal > 0 else -inf
-        steps = None if scale is None else self.largest / scale
+        steps = None if self.scale is None else self.largest / self.scale
         return OutputAgreement(name, self.elements, self.differing, self.largest, steps, sqnr)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 from horizon_plugin_pytorch.export.errors import ExportError
 from horizon_plugin_pytorch.export.onnx.graph import Array, Graph, NeedsOpset
@@ -181,16 +181,17 @@ class Lowering:
 
     def _outputs(self, names: list[str] | None) -> list[str]:
         """Give the outputs their names; one that is an input, or is returned twice, is copied."""
-        found = named_outputs(self.plan)
+        found = named_outputs(self.plan, self.shapes)
         if names is None:
-            names = unique([name for name, _ in found])
+            names = unique([name for name, _, _ in found])
         if len(names) != len(found):
             raise ExportError(f"{self.plan.model} has {len(found)} outputs, but there are {len(names)} names for them")
         taken = set(self.env[: len(self.plan.inputs)]) | set(self.graph.initializers)
         done: list[str] = []
-        for name, (_, value) in zip(names, found, strict=True):
+        for name, (_, ref, item) in zip(names, found, strict=True):
             self.graph.scope = name
-            tensor = self.tensor(self.argument(value))
+            value = self.argument(ref)
+            tensor = self.tensor(value if item is None else tree_leaves(value)[item])
             if name in self.env[: len(self.plan.inputs)]:
                 raise ExportError(f"an output and an input cannot both be named {name!r}: give output_names")
             if tensor in taken:
@@ -207,21 +208,28 @@ class Lowering:
         return names
 
 
-def named_outputs(plan: Plan) -> list[tuple[str, Any]]:
-    """A name for each tensor the model returns, and the reference to it: its key in a dict, else the step that makes it.
+def named_outputs(plan: Plan, shapes: Shapes) -> list[tuple[str, Ref, int | None]]:
+    """For each tensor the model returns a name, the value that holds it, and its place there if that is a tuple.
+
+    The name is its key in a dict, else the step that makes it.
 
     Raises:
         ExportError: an output is not a tensor.
     """
-    found = []
+    found: list[tuple[str, Ref, int | None]] = []
     for path, leaf in tree_flatten_with_path(plan.outputs)[0]:
-        keys = [str(k.key) for k in path if isinstance(k, torch.utils._pytree.MappingKey)]
-        if not isinstance(leaf, Ref) or plan.values[leaf.value].dtype == "host":
+        parts = tree_leaves(shapes.meta(leaf.value)) if isinstance(leaf, Ref) else [leaf]
+        if not all(isinstance(part, Tensor) for part in parts):
+            if leaf is None:
+                continue
             where = "".join(map(str, path)) or "the output"
             raise ExportError(
                 f"{plan.model} returns what is not a tensor: {where}; only tensors can be outputs of an ONNX model"
             )
-        found.append((".".join(keys) or plan.values[leaf.value].name.removesuffix(".dequantize"), leaf))
+        keys = [str(k.key) for k in path if isinstance(k, torch.utils._pytree.MappingKey)]
+        name = ".".join(keys) or plan.values[leaf.value].name.removesuffix(".dequantize")
+        several = not isinstance(shapes.meta(leaf.value), Tensor)
+        found += [(name, leaf, i if several else None) for i in range(len(parts))]
     return found
 
 

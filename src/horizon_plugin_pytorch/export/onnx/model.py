@@ -57,8 +57,10 @@ def _model(
         plan.model,
         [_input(name, shapes.meta(i), s, len(names)) for i, (name, s) in enumerate(zip(names, sizes, strict=True))],
         [
-            helper.make_tensor_value_info(name, element_type(shapes.meta(ref.value)), shapes.symbols(ref.value, name))
-            for name, (_, ref) in zip(outputs, named_outputs(plan), strict=True)
+            helper.make_tensor_value_info(
+                name, element_type(shapes.meta(ref.value, item)), shapes.symbols(ref.value, item, name)
+            )
+            for name, (_, ref, item) in zip(outputs, named_outputs(plan, shapes), strict=True)
         ],
         initializer=graph.tensors(),
     )

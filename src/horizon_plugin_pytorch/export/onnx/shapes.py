@@ -60,25 +60,25 @@ class Shapes:
             infer(plan, [(shape, getattr(torch, v.dtype)) for shape, v in zip(trial, values, strict=True)])
             for trial in trials
         ]
-        self.batch_run = 1 if kinds and kinds[0] == 0 else None
 
-    def meta(self, value: int) -> Any:
-        """The value for the recorded inputs: a tensor without data, a tuple of these, or what is no tensor."""
-        return self.runs[0][value]
+    def meta(self, value: int, item: int | None = None) -> Any:
+        """A value for the recorded inputs, or one tensor of a tuple: tensors without data, or what is no tensor."""
+        return self._in(self.runs[0], value, item)
+
+    def _in(self, run: list[Any], value: int, item: int | None) -> Any:
+        return run[value] if item is None else tree_leaves(run[value])[item]
 
     def of(self, value: int, item: int | None = None) -> Sizes:
         """The shape of a tensor (or of the tensor `item` of a tuple), None where it varies."""
-        found = [run[value] if item is None else tree_leaves(run[value])[item] for run in self.runs]
-        shapes = [tuple(x.shape) for x in found]
+        shapes = [tuple(self._in(run, value, item).shape) for run in self.runs]
         return tuple(ns[0] if len(set(ns)) == 1 else None for ns in zip(*shapes, strict=True))
 
-    def symbols(self, value: int, name: str) -> list[int | str]:
-        """The shape with names in place of what varies: `batch` where it varies as the batch does, else a name of its own."""
+    def symbols(self, value: int, item: int | None, name: str) -> list[int | str]:
+        """The shape with names in place of what varies: ``batch`` where it is the inputs' batch, else a name of its own."""
         shape: list[int | str] = []
-        for d, n in enumerate(self.of(value)):
-            varies = [run[value].shape[d] != self.runs[0][value].shape[d] for run in self.runs]
-            only_batch = self.batch_run is not None and [i for i, v in enumerate(varies) if v] == [self.batch_run]
-            same = only_batch and self.runs[0][value].shape[d] == self.runs[0][0].shape[0]
+        batches = [run[0].shape[0] if run[0].dim() else None for run in self.runs]
+        for d, n in enumerate(self.of(value, item)):
+            same = [self._in(run, value, item).shape[d] for run in self.runs] == batches
             shape.append(n if n is not None else "batch" if same else f"{name}_{d}")
         return shape
 

@@ -37,7 +37,10 @@ class Call:
         return self.graph.op(kind, *inputs, name=self.path, **attributes)
 
     def tensor(self, argument: Any) -> str:
-        value = self.low.argument(argument)
+        return self.of(self.low.argument(argument))
+
+    def of(self, value: Any) -> str:
+        """What a value is here as a tensor of the graph."""
         if isinstance(value, Quantized) and self.units is not None:
             return self.low.integers(value) if self.in_integers else self.low.scaled(value)
         return self.low.tensor(value)

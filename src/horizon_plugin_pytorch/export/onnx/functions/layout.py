@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from horizon_plugin_pytorch.export.errors import ExportError
 from horizon_plugin_pytorch.export.onnx import integers, pools
@@ -13,7 +14,7 @@ from horizon_plugin_pytorch.export.onnx.functions.call import Call, onnx_type
 from horizon_plugin_pytorch.export.onnx.lowering import Dim
 from horizon_plugin_pytorch.export.onnx.shapes import NeedsFixedSize
 from horizon_plugin_pytorch.export.onnx.sizes import as_vector, is_dynamic, shape_vector, size_of
-from horizon_plugin_pytorch.plan.program import Ref
+from horizon_plugin_pytorch.plan.program import Const, Ref
 
 _LAST = 2**63 - 1
 
@@ -146,7 +147,9 @@ def select(c: Call, input: Any, dim: int, index: Any) -> str:
     return c.op("Gather", c.tensor(input), where, axis=dim % c.rank(input))
 
 
-def getitem(c: Call, input: Any, index: Any) -> str:
+def getitem(c: Call, input: Any, index: Any) -> Any:
+    if isinstance(c.value(input), tuple):
+        return c.value(input)[c.value(index)]
     parts = list(index) if isinstance(index, (tuple, list)) else [index]
     if isinstance(index, list) or any(isinstance(p, (list, bool)) for p in parts):
         raise ExportError(
@@ -156,7 +159,9 @@ def getitem(c: Call, input: Any, index: Any) -> str:
     if Ellipsis in parts:
         at = parts.index(Ellipsis)
         parts[at : at + 1] = [slice(None)] * (c.rank(input) - used)
-    x, axis, gone, new = c.tensor(input), 0, [], []
+    x, axis = c.tensor(input), 0
+    gone: list[int] = []
+    new: list[int] = []
     place = 0  # of the result's dimension
     for part in parts:
         if part is None:
@@ -172,10 +177,15 @@ def getitem(c: Call, input: Any, index: Any) -> str:
             axis, place = axis + 1, place + 1
             continue
         number = c.value(part)
-        if isinstance(part, Ref) and not isinstance(number, (int, Dim)):
-            if len(parts) != 1:
+        if isinstance(part, (Ref, Const)) and not isinstance(number, (int, Dim)):
+            if sum(isinstance(p, (Ref, Const)) for p in parts) != 1 or gone or new:
                 raise ExportError("an index of several tensors has no form in ONNX here: use index_select")
-            return c.op("Gather", x, c.tensor(part), axis=0)
+            if c.dtype(part) == torch.bool:
+                raise ExportError(
+                    "an index of truth values gives as many elements as it finds, which has no form here: use where"
+                )
+            x, axis, place = c.graph.op("Gather", x, c.tensor(part), axis=axis), axis + 1, place + c.rank(part)
+            continue
         stop: Any = number
         if isinstance(number, Dim):
             stop = Dim(c.graph.op("Add", number.tensor, c.graph.constant([1])))
@@ -259,15 +269,23 @@ def roll(c: Call, input: Any, shifts: Any, dims: Any = None) -> str:
 # -- joins and order of elements --------------------------------------------------------------------------------------------------
 
 
+def _tensors(c: Call, tensors: Any) -> tuple[list[str], int]:
+    """A list of tensors, or a value that is a tuple of them; and how many dimensions each has."""
+    if isinstance(tensors, Ref):
+        return [c.of(v) for v in c.value(tensors)], c.meta(tensors)[0].dim()
+    names = [c.tensor(x) for x in tensors] if c.units is not None else c.promoted(*tensors)
+    return names, c.rank(tensors[0])
+
+
 def cat(c: Call, tensors: Any, dim: int = 0) -> str:
-    if c.units is not None:
-        return c.op("Concat", *map(c.tensor, tensors), axis=dim % c.rank(tensors[0]))
-    return c.op("Concat", *c.promoted(*tensors), axis=dim % c.rank(tensors[0]))
+    names, rank = _tensors(c, tensors)
+    return c.op("Concat", *names, axis=dim % rank)
 
 
 def stack(c: Call, tensors: Any, dim: int = 0) -> str:
-    axis = dim % (c.rank(tensors[0]) + 1)
-    parts = [c.graph.op("Unsqueeze", c.tensor(x), c.graph.constant([axis])) for x in tensors]
+    names, rank = _tensors(c, tensors)
+    axis = dim % (rank + 1)
+    parts = [c.graph.op("Unsqueeze", x, c.graph.constant([axis])) for x in names]
     return c.op("Concat", *parts, axis=axis)
 
 
