@@ -187,9 +187,14 @@ def keywords(self: Any, x: Tensor) -> Tensor:
     return self.fc(torch.flatten(input=self.b(input=x), start_dim=1))
 
 
-@program(float=["interpolate"])
+@program(float=[])
 def bilinear(self: Any, x: Tensor) -> Tensor:
     return self.b(F.interpolate(self.a(x), scale_factor=2.0, mode="bilinear", align_corners=False))
+
+
+@program(float=["interpolate"])
+def bicubic(self: Any, x: Tensor) -> Tensor:
+    return self.b(F.interpolate(self.a(x), scale_factor=2.0, mode="bicubic", align_corners=False))
 
 
 @program(float=["softmax"])

@@ -25,7 +25,7 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.dw(self.first(x))
         x = self.norm(F.max_pool2d(x, 2))
-        return self.last(F.interpolate(x.softmax(1), scale_factor=2, mode="bilinear")).flatten(1)
+        return self.last(F.interpolate(x.softmax(1), scale_factor=2, mode="bicubic")).flatten(1)
 
 
 def quantized() -> nn.Module:
