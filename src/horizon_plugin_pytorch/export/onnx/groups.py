@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from horizon_plugin_pytorch.export.onnx import padding
 from horizon_plugin_pytorch.export.onnx.graph import Array, Graph
 from horizon_plugin_pytorch.export.onnx.lowering import Dim, Lowering
 from horizon_plugin_pytorch.export.onnx.scales import FLOAT32, Units, weight_scales
@@ -31,7 +32,6 @@ from horizon_plugin_pytorch.nn.quantized.group import Geometry
 from horizon_plugin_pytorch.plan import Step
 
 SIX = 6.0
-_PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
 @dataclass(frozen=True)
@@ -136,16 +136,18 @@ def activate(low: Lowering, g: Group, y: str) -> str:
     graph = low.graph
     if g.activation is None:
         return y
-    if g.activation == "relu6" and (g.y is None or g.y.channels is None or low.form == "float"):
-        return graph.op("Clip", y, graph.scalar(0.0), graph.scalar(SIX), name=f"{g.path}.clip")
+    if g.activation == "relu":
+        return graph.op("Relu", y, name=f"{g.path}.relu")
+    scale = np.float64(1) if g.y is None else g.y.exact if low.form == "float" else np.float64(g.y.scale)
+    bound = np.atleast_1d(np.float64(g.bound) * scale)
+    bound = np.where(np.isclose(bound, SIX, rtol=1e-6, atol=0), SIX, bound).astype(FLOAT32)
+    if np.all(bound == bound[0]):
+        return graph.op("Clip", y, graph.scalar(0.0), graph.scalar(float(bound[0])), name=f"{g.path}.clip")
     y = graph.op("Relu", y, name=f"{g.path}.relu")
-    if g.activation == "relu6":
-        assert g.y is not None
-        bound = np.broadcast_to(g.bound, g.bias.shape)
-        if (bound <= g.y.range[1] - 0.5).any():
-            vector = (bound.astype(np.float64) * float(g.y.scale)).astype(FLOAT32).reshape(-1, *[1] * g.behind)
-            y = graph.op("Min", y, graph.initializer(f"{g.path}.bound", vector), name=f"{g.path}.min")
-    return y
+    if low.form != "float" and g.y is not None and (g.bound > g.y.range[1] - 0.5).all():
+        return y
+    vector = graph.initializer(f"{g.path}.bound", bound.reshape(-1, *[1] * g.behind))
+    return graph.op("Min", y, vector, name=f"{g.path}.min")
 
 
 # -- its anchor ---------------------------------------------------------------------------------------------------------------
@@ -190,11 +192,8 @@ def pad_by_mode(graph: Graph, geometry: Geometry, x: str) -> str:
     """Pad with what `padding_mode` says, if that is not zeros."""
     if geometry.padding_mode == "zeros":
         return x
-    if geometry.padding_mode == "circular":
-        graph.require(19)
     listed = geometry._pads()  # last dimension first, as torch.nn.functional.pad
-    begin, end = listed[0::2][::-1], listed[1::2][::-1]
-    return graph.op("Pad", x, graph.constant([0, 0, *begin, 0, 0, *end]), mode=_PAD_MODES[geometry.padding_mode])
+    return padding.pad(graph, x, [0, 0, *listed[0::2][::-1]], [0, 0, *listed[1::2][::-1]], geometry.padding_mode)
 
 
 def output_padding(low: Lowering, geometry: Geometry, sizes: Sizes, step: Step) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from horizon_plugin_pytorch.export.errors import ExportError
-from horizon_plugin_pytorch.export.onnx import integers, pools
+from horizon_plugin_pytorch.export.onnx import integers, padding, pools
 from horizon_plugin_pytorch.export.onnx.functions.call import Call, onnx_type
 from horizon_plugin_pytorch.export.onnx.lowering import Dim
 from horizon_plugin_pytorch.export.onnx.shapes import NeedsFixedSize
@@ -311,20 +311,16 @@ def channel_shuffle(c: Call, input: Any, groups: int) -> str:
     return c.op("Gather", c.tensor(input), c.graph.constant(order), axis=1)
 
 
-_PAD_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-
-
 def pad(c: Call, input: Any, pad: Any, mode: str = "constant", value: Any = None) -> str:
     sizes, rank = list(c.value(pad)), c.rank(input)
-    if mode == "circular":
-        c.graph.require(19)
-    begin, end = sizes[0::2][::-1], sizes[1::2][::-1]
-    before = [0] * (rank - len(begin))
-    vector = as_vector(c.graph, [*before, *begin, *before, *end])
+    before = [0] * (rank - len(sizes) // 2)
+    begin, end = [*before, *sizes[0::2][::-1]], [*before, *sizes[1::2][::-1]]
+    if mode != "constant":
+        if is_dynamic(sizes):
+            raise NeedsFixedSize(f"padding by {mode} that depends on the input's size")
+        return padding.pad(c.graph, c.tensor(input), begin, end, mode)
     filled = [c.graph.scalar(float(value))] if value else []
-    if not is_dynamic(sizes) and min(sizes, default=0) < 0 and mode != "constant":
-        raise ExportError("a negative padding has a form in ONNX for constants only")
-    return c.op("Pad", c.tensor(input), vector, *filled, mode=_PAD_MODES[mode])
+    return c.op("Pad", c.tensor(input), as_vector(c.graph, [*begin, *end]), *filled)
 
 
 def identity(c: Call, input: Any, *_: Any, **__: Any) -> Any:
