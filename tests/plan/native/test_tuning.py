@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from horizon_plugin_pytorch.backends.cpu import library
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
@@ -16,7 +17,7 @@ from horizon_plugin_pytorch.plan.native import batches, tuning
 from horizon_plugin_pytorch.plan.native.batches import Split
 from horizon_plugin_pytorch.plan.native.constants import Constants
 from horizon_plugin_pytorch.plan.native.execution import NativeProgram, compile_for
-from horizon_plugin_pytorch.plan.program import PlanError
+from horizon_plugin_pytorch.plan.program import PlanError, Step
 from plan.native import plans
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="the CPU kernels were not built")
@@ -133,6 +134,53 @@ def test_parts_of_a_batch(apart: bool, images: int) -> None:
                 laid = x.contiguous(memory_format=layout)
                 program = NativeProgram(plan, Constants(plan), (laid,), isa, split=Split(images, apart))
                 assert plans.differing(expected, program((laid,), threads)) == 0
+
+
+def floats_at_the_end(in_place: bool, read_later: bool) -> tuple[Plan, Tensor]:
+    """A convolution to float32 with two readers in PyTorch, one of which mixes images; its result may be quantized again."""
+    shape = (4, 8, 5, 5)
+    of = lambda n: (n, n)  # noqa: E731
+    made = plans.Maker(x=shape)
+    weight = torch.randint(-127, 128, (4, 8, 1, 1), dtype=torch.int8)
+    geometry = Geometry(2, False, of(1), of(1), of(0), of(1), of(0))
+    y = made.group(made.quantize(0, "int8"), geometry, weight, dtype=None)
+    soft = made.function("method.relu_" if in_place else "torch.sigmoid", y)
+    rolled = made.function("torch.roll", soft, 1, 0)
+    outputs = [soft, rolled]
+    if read_later:
+        scale = made.constant(torch.tensor(0.1))
+        q = made.add(Step("quantize", "again", (y,), params={"scale": scale, "dtype": "int8"}), "int8", scale)
+        outputs.append(made.add(Step("dequantize", "end", (q,)), "float32"))
+    return made.plan(tuple(outputs)), plans.integers(shape, "int8")
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("read_later", [False, True])
+def test_floats_at_the_end_see_the_whole_batch(in_place: bool, read_later: bool) -> None:
+    plan, x = floats_at_the_end(in_place, read_later)
+    expected = plans.reference(plan, x)
+    whole = NativeProgram(plan, Constants(plan), (x,), 0)
+    assert plans.differing(expected, whole((x,), 1)) == 0
+    waits = [s.index for s in whole.lowered.torch_steps] == sorted(whole.lowered.tail)
+    assert waits is not read_later  # it could change, in place, what a later step reads
+    for apart in (False, True):
+        if not waits:
+            with pytest.raises(PlanError, match="each image"):
+                NativeProgram(plan, Constants(plan), (x,), 0, split=Split(2, apart))
+            continue
+        program = NativeProgram(plan, Constants(plan), (x,), 0, split=Split(2, apart))
+        assert program.iterations == 2 and plans.differing(expected, program((x,), 2)) == 0
+
+
+def test_a_size_among_the_outputs_is_that_of_the_whole_batch() -> None:
+    made = plans.Maker(x=(4, 8, 5, 5))
+    x = made.quantize(0, "int8")
+    y = made.add(Step("dequantize", "end", (x,)), "float32")
+    size = made.add(Step("function", "size", (y, 0), target="method.size"), "host")
+    plan, data = made.plan((y, size)), plans.integers((4, 8, 5, 5), "int8")
+    with pytest.raises(PlanError, match="each image"):
+        NativeProgram(plan, Constants(plan), (data,), 0, split=Split(2, False))
+    assert NativeProgram(plan, Constants(plan), (data,), 0)((data,), 1)[1] == 4
 
 
 def test_what_mixes_images_is_not_cut() -> None:

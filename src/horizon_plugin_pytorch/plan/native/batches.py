@@ -33,19 +33,44 @@ class Split(NamedTuple):
     apart: bool
 
 
+def tail(plan: Plan, metas: Sequence[Any]) -> set[int]:
+    """The functions from floats to floats that can wait until everything else is done, and then run on whole batches.
+
+    Nothing but others of them reads their results, and nothing else reads their operands afterwards, which they may change in place.
+    """
+    inputs = len(plan.inputs)
+    used = [{r.value for r in refs((step.args, step.kwargs, step.params))} for step in plan.steps]
+    functions = {i for i, step in enumerate(plan.steps) if step.kind == "function"}
+    found = {i for i in functions if all(_is_float(metas[n]) for n in (*used[i], inputs + i))}
+    while True:
+        others = [i for i in range(len(plan.steps)) if i not in found]
+        last = {n: i for i in others for n in used[i]}  # who else reads a value last
+        made = {inputs + i for i in functions - found}  # these may share memory with what they read
+        gone = {i for i in found if inputs + i in last or used[i] & made or any(last.get(n, -1) > i for n in used[i])}
+        if not gone:
+            return found
+        found -= gone
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, QTensor)
+
+
 def separable(plan: Plan, metas: Sequence[Any], images: int) -> bool:
-    """Whether every image of a batch, dimension 0 of all tensors, is computed by itself.
+    """Whether every image of a batch, dimension 0 of all tensors, is computed by itself, but for the `tail`.
 
     Args:
         metas: the plan's values for a batch of `images`, from `shapes.infer`.
     """
     if not plan.inputs or any(x.dim() < 2 for x in metas[: len(plan.inputs)]):
         return False
-    for value in metas:
+    last = tail(plan, metas)
+    rest = [i for i in range(len(plan.steps)) if i not in last]
+    for value in (*metas[: len(plan.inputs)], *(metas[len(plan.inputs) + i] for i in rest)):
         if any(leaf.dim() < 1 or leaf.shape[0] != images for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
             return False
-    tensors_out = all(not isinstance(metas[r.value], QTensor) for r in refs(plan.outputs))
-    return tensors_out and all(_each_by_itself(plan, i, s, metas) for i, s in enumerate(plan.steps))
+    floats_out = all(_is_float(metas[r.value]) for r in refs(plan.outputs))
+    return floats_out and all(_each_by_itself(plan, i, plan.steps[i], metas) for i in rest)
 
 
 def _each_by_itself(plan: Plan, i: int, step: Step, metas: Sequence[Any]) -> bool:

@@ -94,8 +94,8 @@ class NativeProgram:
         if self.iterations > 1 and not separable(plan, metas, self.split.images):
             raise PlanError(f"{plan.model} does not compute each image of a batch by itself")
         self.lowered = Lowering(plan, constants, metas, inputs, isa).run()
-        if self.iterations > 1 and self.lowered.torch_steps:
-            raise PlanError(f"{plan.model} runs steps in PyTorch, so it runs on whole batches")
+        if self.iterations > 1 and any(step.index not in self.lowered.tail for step in self.lowered.torch_steps):
+            raise PlanError(f"{plan.model} runs steps in PyTorch between others, so it runs on whole batches")
         self.arena_bytes = self.lowered.arena_bytes
         self.slots = len(self.lowered.slots) + 1
         steps = [0, *(v.strides[0] * self.split.images if self.iterations > 1 else 0 for v in self.lowered.slots)]
@@ -182,10 +182,21 @@ class NativeProgram:
         state: _State,
     ) -> None:
         what = self.plan.steps[step.index]
+        copies: list[tuple[Tensor, Tensor]] = []
+
+        def contiguous(x: Any) -> Any:
+            result = _contiguous(x)
+            if isinstance(x, Tensor) and not isinstance(x, QTensor) and result is not x:
+                copies.append((x, result))
+            return result
+
         try:
-            result = run_step(what, lambda n: tree_map(_contiguous, value(n)), self.plan.constants)
+            result = run_step(what, lambda n: tree_map(contiguous, value(n)), self.plan.constants)
         except Exception as error:
             raise PlanError(f"step {step.index} ({what.name!r}, {what.target or what.kind}): {error}") from error
+        for original, copy in copies:  # a function in place changed the copy
+            if result is copy:
+                original.copy_(copy)
         result = tree_map(lambda leaf: self._detached(leaf, state), result)
         values[step.index] = result
         view = step.imported

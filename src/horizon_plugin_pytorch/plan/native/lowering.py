@@ -20,6 +20,7 @@ from horizon_plugin_pytorch.backends.cpu import library
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
 from horizon_plugin_pytorch.plan.native import elementwise, groups, moves, stems, windows
+from horizon_plugin_pytorch.plan.native.batches import tail
 from horizon_plugin_pytorch.plan.native.constants import Constants
 from horizon_plugin_pytorch.plan.native.layout import Buffer, Halo, View, fresh, zero_ranges
 from horizon_plugin_pytorch.plan.native.outlook import Outlook
@@ -58,6 +59,7 @@ class Lowered:
         values: for each value of the plan a `View`, `InTorch`, a host value, or a tuple of these.
         slots: the buffers of slots 1, 2, …; inputs first.
         quantizes: numbers of the operations that look for NaN.
+        tail: the steps of `torch_steps` that come after everything else and work on whole batches.
     """
 
     builder: Builder
@@ -66,6 +68,7 @@ class Lowered:
     slots: list[View]
     arena_bytes: int = 0
     quantizes: list[int] = field(default_factory=list)
+    tail: set[int] = field(default_factory=set)
 
 
 class Lowering:
@@ -175,15 +178,21 @@ class Lowering:
             "quantize": self._quantize, "dequantize": self._dequantize, "group": self._group, "operator": self._operator,
             "table": self._table, "function": self._function,
         }  # fmt: skip
+        last = tail(self.plan, self.metas)
         for i, step in enumerate(self.plan.steps):
             self.builder.step = i
             meta = self.metas[self.value(i)]
+            if i in last:
+                self.env.append(InTorch(i, meta))
+                continue
             if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(meta)):
                 self.env.append(meta)  # a host value is known by now
                 continue
             result = rules[step.kind](i, step)
             self.env.append(self._in_torch(i, step) if result is None else result)
-        lowered = Lowered(self.builder, self.env, self.torch_steps, self.slots, quantizes=self.quantizes)
+        for i in sorted(last):
+            self._in_torch(i, self.plan.steps[i])
+        lowered = Lowered(self.builder, self.env, self.torch_steps, self.slots, quantizes=self.quantizes, tail=last)
         self.builder.wait()
         for leaf in tree_leaves(fill(self.plan.outputs, self.env.__getitem__, self.constants)):
             if isinstance(leaf, View):
