@@ -183,6 +183,13 @@ def test_a_size_among_the_outputs_is_that_of_the_whole_batch() -> None:
     assert NativeProgram(plan, Constants(plan), (data,), 0)((data,), 1)[1] == 4
 
 
+def test_batches_that_threads_cannot_share_evenly_are_tried_in_other_ways() -> None:
+    assert batches.splits(4, 2) == [Split(1, True), Split(4, False)]
+    assert batches.splits(5, 2) == [Split(1, True), Split(1, False), Split(5, False)]
+    assert batches.splits(16, 1) == [Split(1, False), Split(4, False), Split(16, False)]
+    assert batches.splits(1, 2) == [Split(1, False)]
+
+
 def test_what_mixes_images_is_not_cut() -> None:
     shape = (4, 8, 5, 5)
     of = lambda n: (n, n)  # noqa: E731

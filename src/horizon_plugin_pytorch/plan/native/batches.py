@@ -117,7 +117,7 @@ def splits(images: int, threads: int) -> list[Split]:
         if images % n == 0 and images > n:
             if images // n >= threads > 1:
                 found.append(Split(n, True))
-            if threads == 1 or n > 1:
+            if threads == 1 or n > 1 or images // n % threads:  # parts that do not come out even leave threads waiting
                 found.append(Split(n, False))
     return [*found, Split(images, False)]
 
