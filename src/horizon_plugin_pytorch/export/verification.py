@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from horizon_plugin_pytorch.export.errors import ExportError, MissingExtraError
-from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
+from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor, along_channels
 from horizon_plugin_pytorch.plan import Plan
 
 Runtime = Literal["onnxruntime", "openvino"]
@@ -28,9 +28,9 @@ class OutputAgreement:
     """One output, over all of the data.
 
     Attributes:
-        elements, differing: how many there are, and how many are not the same float32.
+        elements, differing: how many there are, and how many are not the same integer, or float32 where the plan's output has no scale.
         largest: the largest difference, as the output's value.
-        steps: the largest difference in steps of the output's scale; None where the plan's output has no scale.
+        steps: the largest difference in steps of the output's scale; None where it has none.
         sqnr: the plan's signal over the difference, in dB; infinite where nothing differs.
     """
 
@@ -162,23 +162,40 @@ class _Sums:
     def __init__(self) -> None:
         self.elements = self.differing = 0
         self.largest = self.signal = self.noise = 0.0
-        self.scale: float | None = None
+        self.steps: float | None = None
 
     def add(self, expected: Tensor, found: NDArray[Any]) -> None:
+        b = torch.from_numpy(np.asarray(found)).to(torch.float64)
         if isinstance(expected, QTensor):
-            self.scale, expected = float(expected.scale.min()), expected.dequantize()
-        a, b = expected.detach().cpu().to(torch.float64), torch.from_numpy(np.asarray(found)).to(torch.float64)
+            scale = along_channels(expected.scale, expected).to(torch.float64)
+            a, b, unit = expected.payload.to(torch.float64), _integers(b / scale), scale
+        else:
+            a, unit = expected.detach().cpu().to(torch.float64), torch.ones((), dtype=torch.float64)
         difference = torch.where(a == b, 0.0, a - b)  # infinities that are the same do not differ
         self.elements += a.numel()
         self.differing += int((difference != 0).sum())
-        self.largest = max(self.largest, float(difference.abs().max()) if a.numel() else 0.0)
-        self.signal += float(a.square().sum())
-        self.noise += float(difference.square().sum())
+        if isinstance(expected, QTensor):
+            self.steps = max(self.steps or 0.0, _largest(difference))
+        self.largest = max(self.largest, _largest(difference * unit))
+        self.signal += float((a * unit).square().sum())
+        self.noise += float((difference * unit).square().sum())
 
     def agreement(self, name: str) -> OutputAgreement:
         sqnr = inf if self.noise == 0 else 10 * log10(self.signal / self.noise) if self.signal > 0 else -inf
-        steps = None if self.scale is None else self.largest / self.scale
-        return OutputAgreement(name, self.elements, self.differing, self.largest, steps, sqnr)
+        return OutputAgreement(name, self.elements, self.differing, self.largest, self.steps, sqnr)
+
+
+_NEAR = 1e-2
+
+
+def _integers(x: Tensor) -> Tensor:
+    """Values in units of their scale, as the integers they are but for float32's last digits; what is no integer stays as it is."""
+    rounded = x.round()
+    return torch.where((x - rounded).abs() < _NEAR, rounded, x)
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
 
 
 def _onnxruntime(module: Any, path: Path, optimize: bool) -> tuple[list[str], Forward]:
