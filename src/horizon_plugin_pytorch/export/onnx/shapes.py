@@ -56,10 +56,11 @@ class Shapes:
                     for shape, sizes in zip(recorded, inputs, strict=True)
                 ]
             )
-        self.runs = [
-            infer(plan, [(shape, getattr(torch, v.dtype)) for shape, v in zip(trial, values, strict=True)])
-            for trial in trials
-        ]
+        with torch.device("meta"):  # also for the tensors that the model makes itself
+            self.runs = [
+                infer(plan, [(shape, getattr(torch, v.dtype)) for shape, v in zip(trial, values, strict=True)])
+                for trial in trials
+            ]
 
     def meta(self, value: int, item: int | None = None) -> Any:
         """A value for the recorded inputs, or one tensor of a tuple: tensors without data, or what is no tensor."""

@@ -56,8 +56,11 @@ def function(low: Lowering, step: Step) -> Any:
     moves_integers = units is not None and low.form == "qoperator" and rule in layout.ON_INTEGERS
     call = Call(low, step, units, moves_integers)
     args = step.args[:1] if step.target == "attribute" else step.args
+    kwargs = {name: value for name, value in step.kwargs.items() if (name, value) != ("out", None)}
+    if step.target.startswith("method.") and step.target.endswith("_"):
+        _refuse_shared(low, step)
     try:
-        bound = inspect.signature(rule).bind(call, *args, **step.kwargs)
+        bound = inspect.signature(rule).bind(call, *args, **kwargs)
     except TypeError as error:
         raise ExportError(f"{step.target} is called with an argument that has no form in ONNX here: {error}") from None
     result = rule(*bound.args, **bound.kwargs)
@@ -72,6 +75,29 @@ def function(low: Lowering, step: Step) -> Any:
         ),
         result,
     )
+
+
+def _refuse_shared(low: Lowering, step: Step) -> None:
+    """Raise if a step that changes a tensor in place changes what others read: a graph's tensors do not change."""
+    plan, first = low.plan, len(low.plan.inputs)
+
+    def memory(value: int) -> int:
+        """The value whose memory this one may be a part of."""
+        while value >= first and plan.steps[value - first].kind == "function":
+            sources = [r.value for r in refs(plan.steps[value - first].args)]
+            if not sources or plan.steps[value - first].target.rpartition(".")[2].rstrip("_") not in layout.RULES:
+                break
+            value = sources[0]
+        return value
+
+    changed = memory(step.args[0].value)
+    later = [r.value for s in plan.steps[low.index - first + 1 :] for r in refs((s.args, s.kwargs))]
+    for value in (*later, *(r.value for r in refs(plan.outputs))):
+        if value < low.index and memory(value) == changed:
+            raise ExportError(
+                f"it changes a tensor in place that is read afterwards as {plan.values[value].name!r}, for which ONNX has no form: "
+                "write it so that it returns a new tensor"
+            )
 
 
 def _host(low: Lowering, step: Step, meta: Any) -> Any:
