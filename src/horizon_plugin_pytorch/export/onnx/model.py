@@ -9,7 +9,6 @@ from typing import Any
 import onnx
 from onnx import helper
 
-import horizon_plugin_pytorch
 from horizon_plugin_pytorch.export.errors import ExportError
 from horizon_plugin_pytorch.export.onnx.graph import HIGHEST_OPSET, LOWEST_OPSET, Graph, NeedsOpset
 from horizon_plugin_pytorch.export.onnx.lowering import Lowering, element_type, named_outputs
@@ -42,6 +41,8 @@ def build(
 def _model(
     plan: Plan, form: str, names: list[str], output_names: Sequence[str] | None, shapes: Shapes, sizes: list[Sizes]
 ) -> onnx.ModelProto:
+    from horizon_plugin_pytorch import __version__
+
     opset = LOWEST_OPSET
     while True:
         graph = Graph(opset)
@@ -67,9 +68,9 @@ def _model(
     opsets = [helper.make_opsetid("", opset)]
     model = helper.make_model(
         made, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets),
-        producer_name="horizon_plugin_pytorch", producer_version=horizon_plugin_pytorch.__version__,
+        producer_name="horizon_plugin_pytorch", producer_version=__version__,
     )  # fmt: skip
-    helper.set_model_props(model, _metadata(plan, form))
+    helper.set_model_props(model, {"horizon.version": __version__, **_metadata(plan, form)})
     try:
         onnx.checker.check_model(model, full_check=True)
         return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
@@ -94,7 +95,6 @@ def _metadata(plan: Plan, form: str) -> dict[str, str]:
         if value.scale is not None
     }
     return {
-        "horizon.version": horizon_plugin_pytorch.__version__,
         "horizon.model": plan.model,
         "horizon.form": form,
         "horizon.scales": json.dumps(scales),

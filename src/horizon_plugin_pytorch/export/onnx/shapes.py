@@ -101,7 +101,8 @@ def find_shapes(plan: Plan, batch: bool, size: bool) -> tuple[Shapes, list[Sizes
                 f"{plan.model} does not accept another image size than recorded: {error}; export with dynamic_size=False"
             ) from error
         if batch:
+            find_shapes(plan, False, False)
             raise ExportError(
                 f"{plan.model} does not accept another batch size than recorded: {error}; export with dynamic_batch=False"
             ) from error
-        raise ExportError(f"{plan.model} has shapes that depend on data: {error}") from error
+        raise ExportError(f"{plan.model} has a step whose shape depends on data: {error}") from error
