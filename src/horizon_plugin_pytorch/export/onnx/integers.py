@@ -20,14 +20,16 @@ from typing import Any
 
 import numpy as np
 
+from horizon_plugin_pytorch.backends.reference.layout import LINEAR_BITS, linear_sources
 from horizon_plugin_pytorch.export.onnx import pools
 from horizon_plugin_pytorch.export.onnx.graph import Array
 from horizon_plugin_pytorch.export.onnx.groups import Group, conv_attributes, output_padding, pad_by_mode, read
 from horizon_plugin_pytorch.export.onnx.lowering import Lowering, Quantized
 from horizon_plugin_pytorch.export.onnx.scales import FLOAT32, Units
+from horizon_plugin_pytorch.export.onnx.shapes import NeedsFixedSize, Sizes
 from horizon_plugin_pytorch.plan import Step
 
-_FLOAT, _DOUBLE = 1, 11  # of onnx.TensorProto
+_FLOAT, _INT32, _DOUBLE = 1, 6, 11  # of onnx.TensorProto
 
 
 def group(low: Lowering, step: Step) -> Any:
@@ -244,3 +246,26 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "AdaptiveAvgPool": _adaptive,
     "Mean": _mean,
 }
+
+
+def linear_upsampled(
+    low: Lowering, value: Quantized, sizes: Sizes, result: Sizes, scale_factor: Any, align_corners: bool, path: str
+) -> Quantized:
+    """`reference.upsample_linear`: along each dimension two inputs times their integer weights, in int32."""
+    if None in (*sizes[2:], *result[2:]):
+        raise NeedsFixedSize("linear up-sampling of integers by a factor that is no power of two")
+    graph, dims = low.graph, len(sizes) - 2
+    bits = LINEAR_BITS[dims]
+    factors = scale_factor if isinstance(scale_factor, (tuple, list)) else [scale_factor] * dims
+    acc = graph.op("Cast", counted(low, value), to=_INT32)
+    for axis, (length, out, factor) in enumerate(zip(sizes[2:], result[2:], factors, strict=True), start=2):
+        assert length is not None and out is not None
+        *places, w = linear_sources(length, out, factor, align_corners, bits)
+        weights = [t.view(-1, *[1] * (dims + 1 - axis)).numpy() for t in (2**bits - w, w)]
+        parts = [
+            graph.op("Mul", graph.op("Gather", acc, graph.constant(place), axis=axis), graph.constant(weight, np.int32))
+            for place, weight in zip(places, weights, strict=True)
+        ]
+        acc = graph.op("Add", *parts)
+    y = _times(low, graph.op("Cast", acc, to=_FLOAT), FLOAT32(0.5 ** (dims * bits)))
+    return rounded(low, y, value.units, path)

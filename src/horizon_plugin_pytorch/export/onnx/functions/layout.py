@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -383,11 +384,19 @@ _RESIZE: dict[str, dict[str, Any]] = {
 }
 
 
+def _powers_of_two(factors: Any) -> bool:
+    each = factors if isinstance(factors, (tuple, list)) else [factors]
+    return all(isinstance(f, (int, float)) and f > 0 and math.frexp(f)[0] == 0.5 for f in each)
+
+
 def interpolate(
     c: Call, input: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest", align_corners: bool | None = None,
     recompute_scale_factor: bool | None = None, antialias: bool = False,
 ) -> Any:  # fmt: skip
-    """Resize. A scale factor is given as one, unless PyTorch recomputes it from the sizes."""
+    """Resize. A scale factor is given as one, unless PyTorch recomputes it from the sizes.
+
+    Of integers that are to equal the plan's, up-sampling with weights that Resize does not have exactly is written out.
+    """
     if mode not in _RESIZE:
         raise ExportError(f"interpolate with mode {mode!r} has no form in ONNX: use nearest, bilinear or bicubic")
     attributes = dict(_RESIZE[mode])
@@ -400,6 +409,11 @@ def interpolate(
     spatial = rank - 2
     units = None if mode.startswith("nearest") else c.units
     counted = units is not None and c.low.form == "qoperator"
+    factors = c.value(scale_factor)
+    if counted and (align_corners or not _powers_of_two(factors)):
+        return integers.linear_upsampled(
+            c.low, c.value(input), c.sizes(input), sizes, factors, bool(align_corners), c.path
+        )
     x = integers.counted(c.low, c.value(input)) if counted else c.tensor(input)
 
     def rounded(y: str) -> Any:
@@ -408,7 +422,6 @@ def interpolate(
             return y
         return integers.rounded(c.low, y, units, c.path) if counted else c.low.quantize(y, units, c.path)
 
-    factors = c.value(scale_factor)
     if factors is not None and not recompute_scale_factor:
         each = [factors] * spatial if isinstance(factors, (int, float)) else list(factors)
         scales = graph.constant([1.0, 1.0, *each], np.float32)
