@@ -17,7 +17,7 @@ constants, which runtimes fold.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -161,14 +161,41 @@ def anchor(low: Lowering, g: Group, x: str, sizes: Sizes, step: Step) -> str:
     if not batched:
         x, sizes = graph.op("Unsqueeze", x, graph.constant([0])), (1, *sizes)
     x = pad_by_mode(graph, geometry, x)
-    inputs = [x, weight(low, g), *bias(low, g)]
+    attributes = conv_attributes(geometry)
     if geometry.transposed:
         extra = output_padding(low, geometry, sizes, step)
-        kind, attributes = "ConvTranspose", {"output_padding": extra if any(extra) else None}
-    else:
-        kind, attributes = "Conv", {}
-    y = graph.op(kind, *inputs, name=g.path, **conv_attributes(geometry), **attributes)
+        if low.form == "qdq":
+            g = dense(g)
+            behind = [a - b for a, b in zip(reach(g.geometry), reach(geometry), strict=True)]
+            ends = [p + n for p, n in zip(attributes["pads"][geometry.dims :], behind, strict=True)]
+            attributes = conv_attributes(g.geometry) | {"pads": [*attributes["pads"][: geometry.dims], *ends]}
+        attributes["output_padding"] = extra if any(extra) else None
+    inputs = [x, weight(low, g), *bias(low, g)]
+    y = graph.op("ConvTranspose" if geometry.transposed else "Conv", *inputs, name=g.path, **attributes)
     return y if batched else graph.op("Squeeze", y, graph.constant([0]))
+
+
+def reach(geometry: Geometry) -> list[int]:
+    """How many elements a kernel spans along each dimension."""
+    return [(k - 1) * d + 1 for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
+
+
+def dense(g: Group) -> Group:
+    """A transposed convolution that reaches each place of its output, by zeros in its kernel: the same sums.
+
+    OpenVINO (2026.4) computes wrong integers where a transposed convolution without groups leaves places out, which a stride does
+    that is larger than the kernel, or comes with a dilation.
+    """
+    walk = g.geometry
+    gaps = [s > 1 and (d > 1 or s > k) for k, s, d in zip(walk.kernel_size, walk.stride, walk.dilation, strict=True)]
+    if walk.groups > 1 or not any(gaps):
+        return g
+    size = tuple(max(r, s) for r, s in zip(reach(walk), walk.stride, strict=True))
+    weight = np.zeros((*g.weight.shape[:2], *size), np.int8)
+    weight[(slice(None), slice(None), *(slice(0, r, d) for r, d in zip(reach(walk), walk.dilation, strict=True)))] = (
+        g.weight
+    )
+    return replace(g, weight=weight, geometry=replace(walk, kernel_size=size, dilation=(1,) * walk.dims))
 
 
 def conv_attributes(geometry: Geometry) -> dict[str, Any]:
