@@ -148,7 +148,7 @@ def test_drawn(case: Case) -> None:
             assert found.outputs[0].steps is not None and found.outputs[0].steps <= 1, found
             if form == "qoperator":
                 assert found.differing == 0, found
-            elif OPENVINO:
+            elif OPENVINO and case.geometry.dims == 2:  # in other dimensions OpenVINO 2026.4 errs in odd cases
                 found = verify(plan, path, inputs, "openvino")
                 assert found.outputs[0].steps is not None and found.outputs[0].steps <= 1, found
 

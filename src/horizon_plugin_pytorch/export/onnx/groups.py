@@ -192,9 +192,8 @@ def dense(g: Group) -> Group:
         return g
     size = tuple(max(r, s) for r, s in zip(reach(walk), walk.stride, strict=True))
     weight = np.zeros((*g.weight.shape[:2], *size), np.int8)
-    weight[(slice(None), slice(None), *(slice(0, r, d) for r, d in zip(reach(walk), walk.dilation, strict=True)))] = (
-        g.weight
-    )
+    taps = [slice(0, r, d) for r, d in zip(reach(walk), walk.dilation, strict=True)]
+    weight[tuple([slice(None)] * 2 + taps)] = g.weight
     return replace(g, weight=weight, geometry=replace(walk, kernel_size=size, dilation=(1,) * walk.dims))
 
 

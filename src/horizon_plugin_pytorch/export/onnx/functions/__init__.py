@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from horizon_plugin_pytorch.export.errors import ExportError
-from horizon_plugin_pytorch.export.onnx.functions import elementwise, layout, neural, reductions
+from horizon_plugin_pytorch.export.onnx.functions import elementwise, layout, neural, reductions, windows
 from horizon_plugin_pytorch.export.onnx.functions.call import Call
 from horizon_plugin_pytorch.export.onnx.lowering import Dim, Lowering, Quantized
 from horizon_plugin_pytorch.export.onnx.sizes import ARITHMETIC, is_dynamic, size_of
@@ -23,7 +23,13 @@ from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
 from horizon_plugin_pytorch.plan import Step
 from horizon_plugin_pytorch.plan.program import Ref, refs
 
-RULES: dict[str, Callable[..., Any]] = {**layout.RULES, **elementwise.RULES, **neural.RULES, **reductions.RULES}
+RULES: dict[str, Callable[..., Any]] = {
+    **layout.RULES,
+    **windows.RULES,
+    **elementwise.RULES,
+    **neural.RULES,
+    **reductions.RULES,
+}
 _SYNONYMS = {
     "view": "reshape", "view_as": "reshape_as", "swapaxes": "transpose", "concat": "cat", "truediv": "div", "true_divide": "div",
     "itruediv": "div", "iadd": "add", "isub": "sub", "imul": "mul", "clip": "clamp", "mm": "matmul", "bmm": "matmul",
@@ -53,7 +59,7 @@ def function(low: Lowering, step: Step) -> Any:
     if isinstance(meta, QTensor) or any(isinstance(leaf, QTensor) for leaf in tree_leaves(meta)):
         sources = [low.env[r.value] for r in refs((step.args, step.kwargs)) if isinstance(low.env[r.value], Quantized)]
         units = sources[0].units
-    moves_integers = units is not None and low.form == "qoperator" and rule in layout.ON_INTEGERS
+    moves_integers = units is not None and low.form == "qoperator" and rule in layout.ON_INTEGERS | windows.ON_INTEGERS
     call = Call(low, step, units, moves_integers)
     args = step.args[:1] if step.target == "attribute" else step.args
     kwargs = {name: value for name, value in step.kwargs.items() if (name, value) != ("out", None)}

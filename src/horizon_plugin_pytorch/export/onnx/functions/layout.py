@@ -1,8 +1,7 @@
-"""Functions that move data: shapes, slices, joins, padding, max pools, up-sampling."""
+"""Functions that move data: shapes, slices, joins, padding."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from horizon_plugin_pytorch.export.errors import ExportError
-from horizon_plugin_pytorch.export.onnx import integers, padding, pools
+from horizon_plugin_pytorch.export.onnx import padding
 from horizon_plugin_pytorch.export.onnx.functions.call import Call, onnx_type
 from horizon_plugin_pytorch.export.onnx.lowering import Dim
 from horizon_plugin_pytorch.export.onnx.shapes import NeedsFixedSize
@@ -33,7 +32,7 @@ def _shape(c: Call, given: Any) -> list[Any]:
     return _listed(sizes)
 
 
-def _current(c: Call, input: Any, dims: Sequence[int]) -> list[Any]:
+def current(c: Call, input: Any, dims: Sequence[int]) -> list[Any]:
     """The sizes of some dimensions: numbers, and a `Dim` where one varies."""
     sizes = c.sizes(input)
     wanted = tuple(n if d in dims else 0 for d, n in enumerate(sizes))
@@ -62,13 +61,13 @@ def flatten(c: Call, input: Any, start_dim: int = 0, end_dim: int = -1) -> str:
         return c.op("Flatten", c.tensor(input), axis=1)
     if rank == 0:
         return c.op("Reshape", c.tensor(input), c.graph.constant([1]))
-    behind = _current(c, input, list(range(end + 1, rank)))
+    behind = current(c, input, list(range(end + 1, rank)))
     return c.op("Reshape", c.tensor(input), as_vector(c.graph, [*[0] * start, -1, *behind]))
 
 
 def unflatten(c: Call, input: Any, dim: int, sizes: Any) -> str:
     rank = c.rank(input)
-    behind = _current(c, input, list(range(dim % rank + 1, rank)))
+    behind = current(c, input, list(range(dim % rank + 1, rank)))
     return c.op("Reshape", c.tensor(input), as_vector(c.graph, [*[0] * (dim % rank), *c.value(sizes), *behind]))
 
 
@@ -344,99 +343,6 @@ def to(c: Call, input: Any, *_: Any, **__: Any) -> Any:
     return c.value(input) if before == after else c.op("Cast", c.tensor(input), to=onnx_type(after))
 
 
-# -- pools and up-sampling ------------------------------------------------------------------------------------------------------
-
-
-def _max_pool(dims: int) -> Callable[..., str]:
-    def rule(
-        c: Call, input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
-        return_indices: bool = False,
-    ) -> str:  # fmt: skip
-        x, sizes = c.tensor(input), c.sizes(input)
-        kernel = c.fixed(kernel_size, "a max pool whose kernel depends on the input's size")
-        step = c.fixed(stride, "a max pool whose stride depends on the input's size")
-        return pools.maximum(
-            c.graph, x, sizes, c.path, dims, kernel, step, padding, dilation, ceil_mode, return_indices
-        )
-
-    return rule
-
-
-def _adaptive_max_pool(dims: int) -> Callable[..., str]:
-    def rule(c: Call, input: Any, output_size: Any, return_indices: bool = False) -> str:
-        size = c.fixed(output_size, "an adaptive pool whose size depends on the input's")
-        return pools.adaptive_maximum(c.graph, c.tensor(input), c.sizes(input), c.path, dims, size, return_indices)
-
-    return rule
-
-
-_RESIZE: dict[str, dict[str, Any]] = {
-    "nearest": {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"},
-    "nearest-exact": {
-        "mode": "nearest",
-        "coordinate_transformation_mode": "half_pixel",
-        "nearest_mode": "round_prefer_ceil",
-    },
-    "linear": {"mode": "linear"},
-    "bilinear": {"mode": "linear"},
-    "trilinear": {"mode": "linear"},
-    "bicubic": {"mode": "cubic", "cubic_coeff_a": -0.75},
-}
-
-
-def _powers_of_two(factors: Any) -> bool:
-    each = factors if isinstance(factors, (tuple, list)) else [factors]
-    return all(isinstance(f, (int, float)) and f > 0 and math.frexp(f)[0] == 0.5 for f in each)
-
-
-def interpolate(
-    c: Call, input: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest", align_corners: bool | None = None,
-    recompute_scale_factor: bool | None = None, antialias: bool = False,
-) -> Any:  # fmt: skip
-    """Resize. A scale factor is given as one, unless PyTorch recomputes it from the sizes.
-
-    Of integers that are to equal the plan's, up-sampling with weights that Resize does not have exactly is written out.
-    """
-    if mode not in _RESIZE:
-        raise ExportError(f"interpolate with mode {mode!r} has no form in ONNX: use nearest, bilinear or bicubic")
-    attributes = dict(_RESIZE[mode])
-    if not mode.startswith("nearest"):
-        attributes["coordinate_transformation_mode"] = "align_corners" if align_corners else "half_pixel"
-    if antialias:
-        c.graph.require(18)
-        attributes["antialias"] = 1
-    graph, rank, sizes = c.graph, c.rank(input), c.result
-    spatial = rank - 2
-    units = None if mode.startswith("nearest") else c.units
-    counted = units is not None and c.low.form == "qoperator"
-    factors = c.value(scale_factor)
-    if counted and (align_corners or not _powers_of_two(factors)):
-        return integers.linear_upsampled(
-            c.low, c.value(input), c.sizes(input), sizes, factors, bool(align_corners), c.path
-        )
-    x = integers.counted(c.low, c.value(input)) if counted else c.tensor(input)
-
-    def rounded(y: str) -> Any:
-        """Linear up-sampling of integers rounds its sums."""
-        if units is None:
-            return y
-        return integers.rounded(c.low, y, units, c.path) if counted else c.low.quantize(y, units, c.path)
-
-    if factors is not None and not recompute_scale_factor:
-        each = [factors] * spatial if isinstance(factors, (int, float)) else list(factors)
-        scales = graph.constant([1.0, 1.0, *each], np.float32)
-        return rounded(c.op("Resize", x, "", scales, **attributes))
-    if size is not None:
-        wanted = c.value(size)
-        listed = list(wanted) if isinstance(wanted, (tuple, list)) else [wanted] * spatial
-    elif None in sizes[2:]:
-        raise NeedsFixedSize("interpolate with recompute_scale_factor")
-    else:
-        listed = list(sizes[2:])
-    ends = as_vector(graph, [*_current(c, input, [0, 1]), *listed])
-    return rounded(c.op("Resize", x, "", "", ends, **attributes))
-
-
 RULES: dict[str, Callable[..., Any]] = {
     "reshape": reshape, "reshape_as": reshape_as, "flatten": flatten, "unflatten": unflatten, "permute": permute,
     "transpose": transpose, "t": t, "T": t, "mT": swap_last, "movedim": movedim, "squeeze": squeeze, "unsqueeze": unsqueeze, "expand": expand,
@@ -444,13 +350,11 @@ RULES: dict[str, Callable[..., Any]] = {
     "chunk": chunk, "unbind": unbind, "index_select": index_select, "gather": gather, "flip": flip, "roll": roll, "cat": cat,
     "stack": stack, "pixel_shuffle": pixel_shuffle, "pixel_unshuffle": pixel_unshuffle, "channel_shuffle": channel_shuffle, "pad": pad,
     "contiguous": identity, "clone": identity, "detach": identity, "to": to, "float": to, "half": to, "int": to, "long": to, "bool": to,
-    "type_as": to, "interpolate": interpolate,
+    "type_as": to,
     **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), dropout),
-    **{f"max_pool{d}d": _max_pool(d) for d in (1, 2, 3)},
-    **{f"adaptive_max_pool{d}d": _adaptive_max_pool(d) for d in (1, 2, 3)},
 }  # fmt: skip
 ON_INTEGERS = {
     reshape, reshape_as, flatten, unflatten, permute, transpose, t, swap_last, movedim, squeeze, unsqueeze, expand, expand_as, narrow, select,
-    getitem, split, chunk, unbind, index_select, flip, cat, stack, channel_shuffle, RULES["max_pool2d"], RULES["pixel_shuffle"],
+    getitem, split, chunk, unbind, index_select, flip, cat, stack, channel_shuffle, pixel_shuffle,
 }  # fmt: skip
 """Rules whose nodes take 8-bit integers as well."""
