@@ -181,6 +181,68 @@ def bench(
             console.print(step_table(profile(runner, *loaded.inputs), steps))
 
 
+@app.command(
+    no_args_is_help=True, epilog="Example: horizon export resnet18.safetensors -o resnet18.onnx --verify onnxruntime"
+)
+def export(
+    program: Annotated[str, PROGRAM],
+    inputs: Annotated[list[str] | None, SHAPES] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="Where to write it; here, under the program's name, if left out.",
+            dir_okay=False,
+            show_default=False,
+        ),
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            help="qdq: what runtimes fuse to integers; qoperator: operators on integers, exact; float: float32 throughout."
+        ),
+    ] = "qdq",
+    dynamic_batch: Annotated[
+        bool, typer.Option("--dynamic-batch/--fixed-batch", help="Any batch size, or the recorded one.")
+    ] = True,
+    dynamic_size: Annotated[
+        bool | None,
+        typer.Option(
+            "--dynamic-size/--fixed-size",
+            help="Any image size, or the recorded one; any if it is possible.",
+            show_default=False,
+        ),
+    ] = None,
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUNTIME",
+            help="Run it in onnxruntime or openvino on random numbers and compare it with the plan.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write a plan as an ONNX model.
+
+    A float model is quantized first, with random numbers. Needs the extra: pip install 'horizon_plugin_pytorch\\[export]'
+    """
+    from horizon_plugin_pytorch.export import ExportError, MissingExtraError, to_onnx
+    from horizon_plugin_pytorch.export import verify as compare
+
+    name = program.rpartition(":")[2] if ":" in program else Path(program).stem
+    path = output or Path(f"{name.removesuffix('.int8')}.int8.onnx")
+    with (
+        _running(program, inputs, "reference", None) as (loaded, _),
+        _error_to_exit(ExportError, MissingExtraError, OSError),
+    ):
+        to_onnx(loaded.plan, path, form=form, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+        typer.echo(f"{path}: {form}, {path.stat().st_size / 1e6:.2f} MB")
+        if verify is not None:
+            typer.echo(str(compare(loaded.plan, path, loaded.inputs, verify)))
+
+
 @app.command(epilog="Example: horizon demo --output faces.png")
 def demo(
     output: Annotated[Path, typer.Option(metavar="PATH", help="Where to write the picture.", dir_okay=False)] = Path(
