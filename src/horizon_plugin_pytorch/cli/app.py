@@ -47,8 +47,8 @@ def check(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="PACKAGE.MODULE:CALLABLE",
-            help="An nn.Module, or a class or function that returns one when called without arguments.",
+            metavar="PACKAGE.MODULE:CALLABLE|ONNX",
+            help="An nn.Module, or a class or function that returns one when called without arguments; or a float .onnx file.",
             show_default=False,
         ),
     ],
@@ -73,11 +73,11 @@ def check(
     """Say which operators of a model fuse, which do not, and why. The model is looked at in eval mode."""
     from horizon_plugin_pytorch import fusion
 
-    from .model_spec import SpecError, example_inputs, load_model
+    from .model_spec import SpecError, declared_shapes, example_inputs, load_model
 
     with _error_to_exit(SpecError):
         module = load_model(model).eval()
-        tensors = example_inputs(module, inputs or [])
+        tensors = example_inputs(module, inputs or declared_shapes(module))
     with _error_to_exit(ValueError, TypeError, RuntimeError):
         report = fusion.analyze(module, tensors or None)
     typer.echo(report.to_text(width=get_terminal_size(fallback=(140, 24)).columns))
@@ -88,15 +88,103 @@ def check(
             html.write_text(report.to_html(), encoding="utf-8")
 
 
+@app.command(
+    no_args_is_help=True,
+    epilog="Example: horizon quantize model.onnx --data photos/ --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225",
+)
+def quantize(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="ONNX|PACKAGE.MODULE:CALLABLE",
+            help="A float .onnx file; or an nn.Module, or a class or function that returns one when called without arguments.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="PATH",
+            help="What to calibrate with, a few dozen typical inputs: a folder of images; or .npy (one input) or .npz (by name) "
+            "with one row per example, as the model takes them.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="Where to write the plan; here, under the model's name, if left out.",
+            dir_okay=False,
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEIGHT,WIDTH", help="Of the images; as the .onnx file says if left out.", show_default=False
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Inputs at a time; as the .onnx file says, or 1, if left out.", show_default=False),
+    ] = None,
+    most: Annotated[int, typer.Option(min=1, help="How many images or rows to take at most.")] = 128,
+    mean: Annotated[str, typer.Option(metavar="NUMBERS", help="What is taken off each channel of an image.")] = "0",
+    std: Annotated[str, typer.Option(metavar="NUMBERS", help="What each channel is divided by after that.")] = "1",
+    white: Annotated[
+        float, typer.Option(help="The brightest pixel before mean and std: 1, or 255 for bytes as they are.")
+    ] = 1.0,
+    bgr: Annotated[bool, typer.Option("--bgr", help="Blue first instead of red.")] = False,
+    improve: Annotated[
+        bool, typer.Option(help="Equalize, widen and reconstruct (minutes, and less is lost), or only calibrate.")
+    ] = True,
+) -> None:
+    """Turn a float model into an int8 plan that `run`, `bench` and `export` take.
+
+    Needs, for .onnx files and images, the extra: pip install 'horizon_plugin_pytorch\\[onnx]'
+    """
+    from horizon_plugin_pytorch.errors import QuantizationError
+    from horizon_plugin_pytorch.plan import PlanError, record
+    from horizon_plugin_pytorch.quantization.quantize import quantize as to_int8
+
+    from .model_spec import SpecError, load_model
+    from .quantizing import check_runs, comparison, numbers, open_data
+
+    console = Console(width=get_terminal_size(fallback=(140, 24)).columns, highlight=False)
+    path = output or Path(
+        f"{Path(model).stem if model.endswith('.onnx') else model.rpartition(':')[2]}.int8.safetensors"
+    )
+    with _error_to_exit(SpecError, QuantizationError, PlanError, OSError, ValueError):
+        module = load_model(model).eval()
+        pixels = {"white": white, "mean": numbers(mean, "--mean"), "std": numbers(std, "--std"), "bgr": bgr}
+        if not path.parent.is_dir():
+            raise SpecError(f"there is no folder {path.parent} to write {path} to")
+        items = open_data(module, data, size=size, batch=batch, most=most, **pixels)
+        check_runs(module, items)
+        int8 = to_int8(module, items, improve=improve)
+        plan = record(int8, items[0])
+        plan.save(path)
+        typer.echo(int8.quantization_report.summary())
+        for row in int8.quantization_report.in_float:
+            typer.echo(f"  in float: {row.module} ({row.form}): {row.reason}")
+        console.print(comparison(module, plan, items))
+    typer.echo(
+        f"{path}: {len(plan.steps)} steps, {plan.int8_bytes / 1e6:.2f} MB of int8 weights. Try: horizon run {path}"
+    )
+
+
 PROGRAM = typer.Argument(
-    metavar="PLAN|PACKAGE.MODULE:CALLABLE",
-    help="A saved plan, or a model: an nn.Module, or a class or function that returns one when called without arguments.",
+    metavar="PLAN|PACKAGE.MODULE:CALLABLE|ONNX",
+    help="A saved plan, or a model: an nn.Module, a class or function that returns one when called without arguments, or a float .onnx file.",
     show_default=False,
 )
 SHAPES = typer.Option(
     "--input",
     metavar="SHAPE",
-    help="Shape of an input, e.g. 1,3,224,224; once per argument. A plan has shapes of its own.",
+    help="Shape of an input, e.g. 1,3,224,224; once per argument. A plan has shapes of its own, an .onnx file may have.",
     show_default=False,
 )
 THREADS = typer.Option(min=1, help="Threads to compute with; as PyTorch is set if left out.", show_default=False)

@@ -1,4 +1,4 @@
-"""What a command line says about a model: ``package.module:callable``, and the shapes of its inputs."""
+"""What a command line says about a model: ``package.module:callable`` or an ONNX file, and the shapes of its inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def load_model(spec: str) -> nn.Module:
     """Build the model that ``spec`` names.
 
     Args:
-        spec: ``package.module:name``. ``name`` is an ``nn.Module``, or a class or function that returns one when called
+        spec: the path of an ``.onnx`` file, or ``package.module:name``. ``name`` is an ``nn.Module``, or a class or function that returns one when called
             without arguments; dots reach into it (``package.module:Factory.build``). The current folder is searched
             as well as the installed packages, as ``python -m`` does.
 
@@ -27,10 +27,13 @@ def load_model(spec: str) -> nn.Module:
         SpecError: nothing is found there, or it is not a model. What the model's own code raises while it is imported
             passes through unchanged, but a call that fails becomes a SpecError naming it.
     """
+    if is_onnx(spec):
+        return _load_onnx(spec)
     module_name, colon, attribute = spec.partition(":")
     if not (colon and all(part.isidentifier() for part in f"{module_name}.{attribute}".split("."))):
         raise SpecError(
-            f"{spec!r} does not name a model: write package.module:callable, e.g. torchvision.models:resnet18"
+            f"{spec!r} does not name a model: write package.module:callable, e.g. torchvision.models:resnet18, or the path of an "
+            ".onnx file"
         )
 
     here = os.getcwd()
@@ -65,6 +68,29 @@ def load_model(spec: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise SpecError(f"{spec}() returned a {type(model).__name__}, not an nn.Module")
     return model
+
+
+def is_onnx(spec: str) -> bool:
+    return spec.lower().endswith(".onnx")
+
+
+def _load_onnx(path: str) -> nn.Module:
+    from horizon_plugin_pytorch.utils.onnx_model import OnnxError, load_onnx
+
+    try:
+        return load_onnx(path)
+    except (OnnxError, ImportError, FileNotFoundError) as error:
+        raise SpecError(str(error)) from error
+
+
+def declared_shapes(model: nn.Module) -> list[str]:
+    """The shapes that an ONNX file fixes for its inputs, with a batch of 1 where that is open; none if another size is open, or
+    an input does not take floats."""
+    inputs = getattr(model, "onnx_inputs", ())
+    shapes = [(i.shape[0] or 1, *i.shape[1:]) if i.shape else () for i in inputs]
+    if any(i.dtype != torch.float32 for i in inputs) or any(None in shape or not shape for shape in shapes):
+        return []
+    return [",".join(map(str, shape)) for shape in shapes]
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from horizon_plugin_pytorch.cli.model_spec import SpecError, example_inputs, load_model, parse_shape
+from horizon_plugin_pytorch.cli.model_spec import (
+    SpecError,
+    declared_shapes,
+    example_inputs,
+    is_onnx,
+    load_model,
+    parse_shape,
+)
 from horizon_plugin_pytorch.plan import Plan, load, record
 
 
@@ -32,19 +39,20 @@ def load_program(spec: str, shapes: Sequence[str]) -> Program:
     """Load or build what `spec` names, with random normal inputs.
 
     Args:
-        spec: the path of a saved plan, or ``package.module:callable`` as in `load_model`. A converted model is recorded. A float model
+        spec: the path of a saved plan, or a model as in `load_model`. A converted model is recorded. A float model
             is quantized with its random inputs as calibration data: good for timing, not for the numbers.
-        shapes: of the inputs, e.g. ``1,3,224,224``. A plan's own where they are left out.
+        shapes: of the inputs, e.g. ``1,3,224,224``. A plan's own, or an ONNX file's, where they are left out.
 
     Raises:
         SpecError: nothing is found, or shapes are missing or do not fit.
         PlanError: the file is not a plan, or the model cannot be recorded.
         QuantizationError: the model cannot be quantized.
     """
-    if ":" not in spec or Path(spec).is_file():
+    if not is_onnx(spec) and (":" not in spec or Path(spec).is_file()):
         plan = load(spec)
         return Program(plan, _inputs(plan, shapes))
     model = load_model(spec).eval()
+    shapes = shapes or declared_shapes(model)
     if not shapes:
         raise SpecError(f"say what {spec} takes: --input SHAPE, once per argument, e.g. --input 1,3,224,224")
     inputs = example_inputs(model, list(shapes))
