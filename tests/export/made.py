@@ -16,9 +16,11 @@ from plan.native import plans
 def recorded(made: plans.Maker, outputs: Any, *inputs: Tensor) -> Plan:
     """The plan, as if it had been recorded with these inputs."""
     plan = made.plan(outputs)
-    values = list(plan.values)
-    for i, x in enumerate(inputs):
-        values[i] = dataclasses.replace(values[i], shape=tuple(x.shape))
+    found: list[Any] = list(inputs)
+    for step in plan.steps:
+        found.append(run_step(step, found.__getitem__, plan.constants))
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else () for x in found]
+    values = [dataclasses.replace(value, shape=shape) for value, shape in zip(plan.values, shapes, strict=True)]
     return dataclasses.replace(plan, values=tuple(values))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 from math import inf
 from pathlib import Path
@@ -169,6 +170,12 @@ def test_malformed_plans(net: tuple[Plan, Tensor], tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there(net: tuple[Plan, Tensor], tmp_path: Path) -> None:
     with pytest.raises(OSError, match="gone"):
         to_onnx(net[0], tmp_path / "gone" / "net.onnx")
+
+
+def test_onnx_is_imported_when_it_is_used() -> None:
+    code = "import sys, horizon_plugin_pytorch as h; h.export.to_onnx; h.export.verify; print(sorted({'onnx', 'onnxruntime'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_without_onnx(net: tuple[Plan, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

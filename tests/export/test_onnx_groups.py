@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from export import made, networks
 from horizon_plugin_pytorch.export import to_onnx, verify
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
-from horizon_plugin_pytorch.plan import Plan
+from horizon_plugin_pytorch.plan import Plan, Step
 from plan.native import plans
 
 onnx = pytest.importorskip("onnx", reason="the extra 'export' is not installed")
@@ -185,3 +185,25 @@ def test_a_channel_scale_becomes_one_scale_and_every_integer_stays(tmp_path: Pat
                 assert not activation or tensors[node.input[1]] == []
         found = verify(plan, path, inputs)
         assert found.differing == 0, found
+
+
+def test_a_channel_scale_that_others_read(tmp_path: Path) -> None:
+    """Made by a stub and by a group, read by a function, by operators of other shapes and as an output: each gets the true value."""
+    torch.manual_seed(0)
+    plain = Geometry(2, False, (3, 3), (1, 1), (1, 1), (1, 1), (0, 0), 1)
+    depthwise = dataclasses.replace(plain, groups=6)
+    maker = plans.Maker(x=(2, 6, 5, 5))
+    x = maker.quantize(0, "int8", torch.rand(6) + 0.5)
+    weight = torch.randint(-127, 128, (6, 1, 3, 3), dtype=torch.int8)
+    scale = torch.rand(6) * 0.1 + 0.02
+    y = maker.group(x, depthwise, weight, activation="relu", dtype="uint8", scale=scale, spread=20.0)
+    real = maker.add(Step("dequantize", "real", (y,)), "float32")
+    mean = maker.operator("Mean", (y,), "uint8", 0.04, dim=(2, 3))
+    added = maker.operator("Add", (y, y), "uint8", 0.1)
+    inputs = plans.integers((2, 6, 5, 5), "int8")
+    plan = made.recorded(maker, (real, maker.function("torch.exp", real), mean, added, y), inputs)
+    for form in FORMS:
+        path = to_onnx(plan, tmp_path / "net.onnx", form=form)
+        found = verify(plan, path, inputs)
+        assert all(o.sqnr > 120 if o.steps is None else o.steps <= 1 for o in found.outputs), found
+        assert [len(v.type.tensor_type.shape.dim) for v in onnx.load(path).graph.output] == [4, 4, 2, 4, 4]

@@ -113,7 +113,8 @@ class Lowering:
                 return self.scaled(value)
             if value.true is None:
                 factors = (value.units.exact / float(value.units.scale)).astype(FLOAT32)
-                value.true = self.multiply_channels(self.scaled(value), factors, f"{value.path}.channels")
+                index = next(i for i, known in enumerate(self.env) if known is value)
+                value.true = self.multiply_channels(self.scaled(value), factors, index, f"{value.path}.channels")
             return value.true
         if isinstance(value, Tensor):
             return self.graph.constant(value.numpy(), None)
@@ -121,11 +122,10 @@ class Lowering:
             return self.graph.constant(value, np.float32 if isinstance(value, float) else None)
         raise ExportError(f"a {type(value).__name__} where a tensor is needed")
 
-    def multiply_channels(self, x: str, factors: Array, path: str, axis_from_end: int | None = None) -> str:
-        """`x` times one factor per channel, along dimension 1, or counted from the end."""
-        rank = len(self.shapes.of(self.index)) if axis_from_end is None else 0
-        behind = rank - 2 if axis_from_end is None else axis_from_end - 1
-        return self.graph.op("Mul", x, self.graph.initializer(f"{path}.factors", factors.reshape(-1, *[1] * behind)))
+    def multiply_channels(self, x: str, factors: Array, value: int, path: str) -> str:
+        """`x`, which has the shape of a value of the plan, times one factor per channel, along dimension 1."""
+        shape = (-1, *[1] * (len(self.shapes.of(value)) - 2))
+        return self.graph.op("Mul", x, self.graph.initializer(f"{path}.factors", factors.reshape(shape)))
 
     def argument(self, x: Any) -> Any:
         """An argument of a step with what it refers to: values of the graph, tensors of the plan."""

@@ -25,7 +25,8 @@ def quantize(low: Lowering, step: Step) -> Any:
 def _rounded(low: Lowering, y: str, units: Units, path: str) -> Any:
     """A float32 tensor as integers of these units."""
     if units.channels is not None and low.form != "float":
-        y = low.multiply_channels(y, (float(units.scale) / units.exact).astype(FLOAT32), f"{path}.quantize")
+        factors = (float(units.scale) / units.exact).astype(FLOAT32)
+        y = low.multiply_channels(y, factors, low.index, f"{path}.quantize")
     return low.quantize(y, units, path)
 
 
