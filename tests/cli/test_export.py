@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from horizon_plugin_pytorch.cli.app import app
@@ -79,3 +80,19 @@ def test_errors_in_one_line(horizon: Any, arguments: tuple[str, ...], message: s
     assert result.exit_code == 2
     lines = [line for line in result.stderr.splitlines() if not line.startswith("note:")]
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_a_suffix_of_torch_export(horizon: Any, tmp_path: Path) -> None:
+    for form in ((), ("--form", "horizon")):
+        result = horizon("export_nets:Net", "--input", "1,3,8,8", "-o", "net.pt2", *form)
+        assert result.exit_code == 0, result.output
+        assert f"net.pt2: {form[1] if form else 'aten'}, " in result.stdout
+        program = torch.export.load("net.pt2")
+        assert any("run_plan" in str(n.target) for n in program.graph.nodes) == bool(form)
+    for options, message in (
+        (("--verify", "openvino"), "are for .onnx"),
+        (("--form", "qdq"), "ops is 'aten' or 'horizon'"),
+    ):
+        result = horizon("export_nets:Net", "--input", "1,3,8,8", "-o", "other.pt2", *options)
+        assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not list(Path().glob("other*"))

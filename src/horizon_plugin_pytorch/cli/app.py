@@ -281,17 +281,19 @@ def export(
             "--output",
             "-o",
             metavar="PATH",
-            help="Where to write it; here, under the program's name, if left out.",
+            help="Where to write it: .onnx, or .pt2 for torch.export; here, as .onnx under the program's name, if left out.",
             dir_okay=False,
             show_default=False,
         ),
     ] = None,
     form: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="qdq: what runtimes fuse to integers; qoperator: operators on integers, exact; float: float32 throughout."
+            help="Of .onnx: qdq (the default): what runtimes fuse to integers; qoperator: operators on integers, exact; float: "
+            "float32 throughout. Of .pt2: aten (the default): PyTorch's operators alone; horizon: this package's.",
+            show_default=False,
         ),
-    ] = "qdq",
+    ] = None,
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch/--fixed-batch", help="Any batch size, or the recorded one.")
     ] = True,
@@ -312,12 +314,13 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write a plan as an ONNX model.
+    """Write a plan as an ONNX model, or as a program of torch.export.
 
-    A float model is quantized first, with random numbers. Needs the extra: pip install 'horizon_plugin_pytorch\\[export]'
+    A float model is quantized first, with random numbers. For .onnx it needs the extra: pip install 'horizon_plugin_pytorch\\[export]'
     """
     from horizon_plugin_pytorch.export import ExportError, MissingExtraError, to_onnx
     from horizon_plugin_pytorch.export import verify as compare
+    from horizon_plugin_pytorch.export.torch_export import save as save_torch_export
 
     name = program.rpartition(":")[2] if ":" in program else Path(program).stem
     path = output or Path(f"{name.removesuffix('.int8')}.int8.onnx")
@@ -325,7 +328,16 @@ def export(
         _running(program, inputs, "reference", None) as (loaded, _),
         _error_to_exit(ExportError, MissingExtraError, OSError),
     ):
-        to_onnx(loaded.plan, path, form=form, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+        if path.suffix == ".pt2":
+            if verify is not None or dynamic_size is not None:
+                raise ExportError(
+                    "--verify and --dynamic-size are for .onnx; a .pt2 computes the plan's numbers, at its size"
+                )
+            form = form or "aten"
+            save_torch_export(loaded.plan, path, ops=form, dynamic_batch=dynamic_batch)  # type: ignore[arg-type]
+        else:
+            form = form or "qdq"
+            to_onnx(loaded.plan, path, form=form, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
         typer.echo(f"{path}: {form}, {path.stat().st_size / 1e6:.2f} MB")
         if verify is not None:
             typer.echo(str(compare(loaded.plan, path, loaded.inputs, verify)))
