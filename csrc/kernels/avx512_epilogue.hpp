@@ -45,52 +45,68 @@ inline __m512i lanes_in_order(__m512i y) {
   return _mm512_permutexvar_epi32(order, y);
 }
 
-// Rows [begin, end) of `acc`, [row][16 N] accumulators of N tiles of 16 channels. RES: whether there is a residual, of dtype R.
+// What the pixels of a block have in common.
+template <int N> struct Constants {
+  int left;              // channels from the block's first to the last of all
+  __mmask64 mask;        // bytes of the output that are theirs
+  bool relu;
+  __m512 m[N], top;
+  __m512i hi;
+
+  Constants(const Target &t, hz_dtype out)
+      : left(t.channels - t.channel), mask(first_bytes(left < 16 * N ? left : 16 * N)), relu(t.epilogue->activation != HZ_NONE),
+        top(_mm512_set1_ps(out == HZ_S8 ? 127.f : 255.f)),
+        hi(out == HZ_F32 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi8(mask, t.epilogue->hi + t.channel)) {
+    for (int n = 0; n < N; ++n) m[n] = _mm512_loadu_ps(t.epilogue->m + t.channel + 16 * n);
+  }
+};
+
+// One pixel: accumulators of N tiles of 16 channels. RES: whether there is a residual, of dtype R.
 template <hz_dtype O, bool RES, hz_dtype R, int N>
-void finish_rows(const Target &t, const int32_t *acc, int begin, int end) {
+inline __attribute__((always_inline)) void finish_pixel(const Target &t, const Constants<N> &c, const __m512i acc[N], int row) {
   const hz_epilogue &e = *t.epilogue;
-  const int left = t.channels - t.channel;
-  const __mmask64 mask = first_bytes(left < 16 * N ? left : 16 * N);
-  const bool relu = e.activation != HZ_NONE;
-  const float *m = e.m + t.channel, *ratio = RES ? e.ratio + t.channel : nullptr;
-  const __m512i hi = O == HZ_F32 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi8(mask, e.hi + t.channel);
-  const __m512 top = _mm512_set1_ps(O == HZ_S8 ? 127.f : 255.f);
-  __m512 ms[N];
-  for (int n = 0; n < N; ++n) ms[n] = _mm512_loadu_ps(m + 16 * n);
-  for (int row = begin; row < end; ++row) {
-    if (t.out_at[row] < 0) continue;
-    const int32_t *a = acc + row * (16 * N);
-    __m512 y[4];
-    for (int n = 0; n < N; ++n) {
-      y[n] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(a + 16 * n)), ms[n]);
-      if (RES) {
-        const uint8_t *r = t.res + t.res_at[row] + 16 * n;
-        y[n] = _mm512_fmadd_ps(residual16<R>(r), _mm512_loadu_ps(ratio + 16 * n), y[n]);
-      }
+  if (t.out_at[row] < 0) return;
+  __m512 y[4];
+  for (int n = 0; n < N; ++n) {
+    y[n] = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[n]), c.m[n]);
+    if (RES) {
+      const uint8_t *r = t.res + t.res_at[row] + 16 * n;
+      y[n] = _mm512_fmadd_ps(residual16<R>(r), _mm512_loadu_ps(e.ratio + t.channel + 16 * n), y[n]);
     }
-    uint8_t *out = t.out + t.out_at[row];
-    if (O == HZ_F32) {
-      for (int n = 0; n < N; ++n) {
-        if (relu) y[n] = _mm512_max_ps(y[n], _mm512_setzero_ps());
-        if (e.activation == HZ_RELU6) y[n] = _mm512_min_ps(y[n], _mm512_loadu_ps(e.bound + t.channel + 16 * n));
-        _mm512_mask_storeu_ps(out + 64 * n, first_floats(left - 16 * n), y[n]);
-      }
+  }
+  uint8_t *out = t.out + t.out_at[row];
+  if (O == HZ_F32) {
+    for (int n = 0; n < N; ++n) {
+      if (c.relu) y[n] = _mm512_max_ps(y[n], _mm512_setzero_ps());
+      if (e.activation == HZ_RELU6) y[n] = _mm512_min_ps(y[n], _mm512_loadu_ps(e.bound + t.channel + 16 * n));
+      _mm512_mask_storeu_ps(out + 64 * n, first_floats(c.left - 16 * n), y[n]);
+    }
+    return;
+  }
+  __m512i q[4];
+  for (int n = 0; n < 4; ++n) {
+    if (n >= N) {
+      q[n] = _mm512_setzero_si512();
       continue;
     }
-    __m512i q[4];
-    for (int n = 0; n < 4; ++n) {
-      if (n >= N) {
-        q[n] = _mm512_setzero_si512();
-        continue;
-      }
-      if (e.clamp) y[n] = _mm512_min_ps(y[n], top); // what is too small for int32 becomes its least, which is right
-      q[n] = _mm512_cvtps_epi32(y[n]);
-    }
-    __m512i bytes = bounded<O>(lanes_in_order(pack64<O>(q[0], q[1], q[2], q[3])), hi, relu);
-    if (mask == ~0ull)
-      _mm512_storeu_si512(out, bytes);
-    else
-      _mm512_mask_storeu_epi8(out, mask, bytes);
+    if (e.clamp) y[n] = _mm512_min_ps(y[n], c.top); // what is too small for int32 becomes its least, which is right
+    q[n] = _mm512_cvtps_epi32(y[n]);
+  }
+  const __m512i bytes = bounded<O>(lanes_in_order(pack64<O>(q[0], q[1], q[2], q[3])), c.hi, c.relu);
+  if (c.mask == ~0ull)
+    _mm512_storeu_si512(out, bytes);
+  else
+    _mm512_mask_storeu_epi8(out, c.mask, bytes);
+}
+
+// Rows [begin, end) of `acc`, [row][16 N] accumulators.
+template <hz_dtype O, bool RES, hz_dtype R, int N>
+void finish_rows(const Target &t, const int32_t *acc, int begin, int end) {
+  const Constants<N> constants(t, O);
+  for (int row = begin; row < end; ++row) {
+    __m512i sums[N];
+    for (int n = 0; n < N; ++n) sums[n] = _mm512_load_si512(acc + row * (16 * N) + 16 * n);
+    finish_pixel<O, RES, R, N>(t, constants, sums, row);
   }
 }
 

@@ -1,7 +1,7 @@
 // AVX-512 with VNNI: four-byte dot products into registers.
 //
 // A block is P output pixels by N tiles of 16 channels: for each group of four input bytes, N vectors of weights and P broadcasts
-// feed P * N dot products. The instruction multiplies unsigned by signed bytes; signed inputs are shifted by 128, which
+// feed P * N dot products, and the sums become outputs without leaving the registers. The instruction multiplies unsigned by signed bytes; signed inputs are shifted by 128, which
 // `weight_sum` takes back (the zeros of the padding are shifted like everything else).
 
 #include "../kernels/avx512_epilogue.hpp"
@@ -24,87 +24,103 @@ inline int32_t word(const uint8_t *p) {
 
 // ---- convolution ---------------------------------------------------------------------------------------------------------
 
-struct Block {
+// Blocks of pixels of one image, for one block of channels.
+struct Strip {
   const hz_conv *c;
-  const uint8_t *in;      // of the image
-  const int32_t *pixel;   // of the first of the block
-  int tile;               // first tile of channels
-  int32_t *acc;           // [P][16 N]
+  const uint8_t *in;  // of the image
+  int tile;           // first tile of channels
+  int64_t pixel, end; // first pixel, and where the last block ends at most
+  Target target;      // of the image and the channels
 };
 
-template <int P, int N, bool SIGNED> void products(const Block &b) {
-  const hz_conv &c = *b.c;
+// RES: whether there is a residual, of dtype R.
+template <int P, int N, bool SIGNED, hz_dtype O, bool RES, hz_dtype R> void strip(const Strip &s, int64_t blocks) {
+  const hz_conv &c = *s.c;
   const int64_t tile_bytes = int64_t(c.steps) * 1024;
-  const int8_t *weights = c.weights + b.tile * tile_bytes;
-  const uint8_t *in = b.in + (c.block_offset ? c.block_offset[b.tile] : 0);
+  const int8_t *weights = c.weights + s.tile * tile_bytes;
+  const uint8_t *in = s.in + (c.block_offset ? c.block_offset[s.tile] : 0);
   const __m512i shift = _mm512_set1_epi8(char(0x80));
-  __m512i acc[P][N];
+  const Constants<N> constants(s.target, O);
+  __m512i bias[N];
   for (int n = 0; n < N; ++n) {
-    __m512i bias = load(c.epilogue.bias + 16 * (b.tile + n));
-    if (SIGNED) bias = _mm512_sub_epi32(bias, _mm512_slli_epi32(load(c.weight_sum + 16 * (b.tile + n)), 7));
-    for (int p = 0; p < P; ++p) acc[p][n] = bias;
+    bias[n] = load(c.epilogue.bias + 16 * (s.tile + n));
+    if (SIGNED) bias[n] = _mm512_sub_epi32(bias[n], _mm512_slli_epi32(load(c.weight_sum + 16 * (s.tile + n)), 7));
   }
-  for (int k = 0; k < c.steps; ++k) {
-    const uint8_t *a[P];
-    for (int p = 0; p < P; ++p) a[p] = in + b.pixel[p] + c.step[k];
-    const int8_t *w = weights + k * 1024;
-    for (int j = 0, used = c.used[k]; j < used; ++j, w += 64) {
-      __m512i ws[N];
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) ws[n] = load(w + n * tile_bytes);
+  for (int64_t f = s.pixel; blocks > 0; --blocks, f += P) {
+    const int64_t first = std::min(f, s.end - P);
+    __m512i acc[P][N];
 #pragma GCC unroll 16
-      for (int p = 0; p < P; ++p) {
-        __m512i x = _mm512_set1_epi32(word(a[p] + 4 * j));
-        if (SIGNED) x = _mm512_xor_si512(x, shift);
+    for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) acc[p][n] = _mm512_dpbusd_epi32(acc[p][n], x, ws[n]);
+      for (int n = 0; n < N; ++n) acc[p][n] = bias[n];
+    for (int k = 0; k < c.steps; ++k) {
+      const uint8_t *a[P];
+      for (int p = 0; p < P; ++p) a[p] = in + c.pixel[first + p] + c.step[k];
+      const int8_t *w = weights + k * 1024;
+      for (int j = 0, used = c.used[k]; j < used; ++j, w += 64) {
+        __m512i ws[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) ws[n] = load(w + n * tile_bytes);
+#pragma GCC unroll 16
+        for (int p = 0; p < P; ++p) {
+          __m512i x = _mm512_set1_epi32(word(a[p] + 4 * j));
+          if (SIGNED) x = _mm512_xor_si512(x, shift);
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n) acc[p][n] = _mm512_dpbusd_epi32(acc[p][n], x, ws[n]);
+        }
       }
     }
+    Target target = s.target;
+    target.out_at += first;
+    target.res_at += first;
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) finish_pixel<O, RES, R, N>(target, constants, acc[p], p);
   }
-  for (int p = 0; p < P; ++p)
-    for (int n = 0; n < N; ++n) _mm512_store_si512(b.acc + (p * N + n) * 16, acc[p][n]);
 }
 
-using Products = void (*)(const Block &);
+using Kernel = void (*)(const Strip &, int64_t);
 
-// Registers: P * N accumulators, N weights, one input, one shift.
-template <int P, int N> constexpr bool fits = P *N + N + 2 <= 32;
-
-template <int P, bool SIGNED> Products products_of(int n) {
-  if constexpr (fits<P, 4>)
-    if (n == 4) return products<P, 4, SIGNED>;
-  if constexpr (fits<P, 3>)
-    if (n == 3) return products<P, 3, SIGNED>;
-  if constexpr (fits<P, 2>)
-    if (n == 2) return products<P, 2, SIGNED>;
-  return n == 1 ? products<P, 1, SIGNED> : nullptr;
+template <int P, int N, bool SIGNED, hz_dtype O> Kernel kernel_for_residual(const hz_ref &res) {
+  if (res.slot < 0) return strip<P, N, SIGNED, O, false, HZ_S8>;
+  return res.dtype == HZ_S8 ? strip<P, N, SIGNED, O, true, HZ_S8> : strip<P, N, SIGNED, O, true, HZ_U8>;
 }
 
-template <bool SIGNED> Products products_of(int p, int n) {
-  switch (p) {
-  case 1: return products_of<1, SIGNED>(n);
-  case 2: return products_of<2, SIGNED>(n);
-  case 3: return products_of<3, SIGNED>(n);
-  case 4: return products_of<4, SIGNED>(n);
-  case 5: return products_of<5, SIGNED>(n);
-  case 6: return products_of<6, SIGNED>(n);
-  case 7: return products_of<7, SIGNED>(n);
-  case 8: return products_of<8, SIGNED>(n);
-  case 10: return products_of<10, SIGNED>(n);
-  case 12: return products_of<12, SIGNED>(n);
-  case 14: return products_of<14, SIGNED>(n);
+template <int P, int N> Kernel kernel_for(const hz_conv &c) {
+  const bool is_signed = c.in.dtype == HZ_S8;
+  switch (c.out.dtype) {
+  case HZ_S8: return is_signed ? kernel_for_residual<P, N, true, HZ_S8>(c.res) : kernel_for_residual<P, N, false, HZ_S8>(c.res);
+  case HZ_U8: return is_signed ? kernel_for_residual<P, N, true, HZ_U8>(c.res) : kernel_for_residual<P, N, false, HZ_U8>(c.res);
+  default: return is_signed ? kernel_for_residual<P, N, true, HZ_F32>(c.res) : kernel_for_residual<P, N, false, HZ_F32>(c.res);
+  }
+}
+
+// Pixels times tiles of 16 channels; P * N accumulators, N weights, an input and a shift are at most 32 registers. For each number of
+// pixels that are all numbers of tiles up to its largest, so that the last block of channels can be a narrow one.
+Kernel kernel_for(const hz_conv &c, int p, int n) {
+  switch (100 * n + p) {
+  case 114: return kernel_for<14, 1>(c);
+  case 214: return kernel_for<14, 2>(c);
+  case 107: return kernel_for<7, 1>(c);
+  case 207: return kernel_for<7, 2>(c);
+  case 108: return kernel_for<8, 1>(c);
+  case 208: return kernel_for<8, 2>(c);
+  case 308: return kernel_for<8, 3>(c);
+  case 106: return kernel_for<6, 1>(c);
+  case 206: return kernel_for<6, 2>(c);
+  case 306: return kernel_for<6, 3>(c);
+  case 406: return kernel_for<6, 4>(c);
   default: return nullptr;
   }
 }
 
+constexpr int64_t chunk_bytes = 1 << 16; // of the output: with its input this stays in the second-level cache
+
 void conv(const hz_conv &c, Slots slots, Part part) {
   const int tiles = (c.channels + 15) / 16;
-  const bool is_signed = c.in.dtype == HZ_S8;
   int n = c.block_offset ? 1 : std::min({c.columns > 0 ? c.columns : 4, 4, tiles});
-  const auto choose = is_signed ? products_of<true> : products_of<false>;
-  static constexpr int largest[] = {0, 14, 12, 8, 6};
+  static constexpr int largest[] = {0, 14, 14, 8, 6};
   int p = c.rows;
-  if (p <= 0 || !choose(p, n)) p = largest[n];
+  if (p <= 0 || !kernel_for(c, p, n)) p = largest[n];
 
   // Blocks of pixels over all images, blocks of channels; a thread has a range of the one or the other. The tables go on past
   // the last pixel, to a multiple of 16: a last block that would go further moves back and does some pixels twice.
@@ -116,34 +132,26 @@ void conv(const hz_conv &c, Slots slots, Part part) {
     part.range(last, first, last);
   if (first >= last || block0 >= block1) return;
 
-  Block b{&c, nullptr, nullptr, 0, reinterpret_cast<int32_t *>(scratch(32 * 64))};
-  Target target{&c.epilogue, nullptr, nullptr, nullptr, nullptr, 0, c.channels};
   const uint8_t *in = at(c.in, slots), *res = at(c.res, slots);
   uint8_t *out = at(c.out, slots);
   const int channel_bytes = c.out.dtype == HZ_F32 ? 4 : 1;
-  const Products whole = choose(p, n), rest = choose(p, tiles % n ? tiles % n : n);
-  const Finish whole_finish = finish_for(n, c.out, c.res), rest_finish = finish_for(tiles % n ? tiles % n : n, c.out, c.res);
+  const Kernel whole = kernel_for(c, p, n), rest = kernel_for(c, p, tiles % n ? tiles % n : n);
+  const int64_t chunk = c.pixels_inside ? last - first : std::max<int64_t>(1, chunk_bytes / (int64_t(p) * c.channels * channel_bytes));
 
-  const auto run = [&](int64_t unit, int64_t block) {
-    const int64_t image = unit / per_image, f = std::min((unit % per_image) * p, padded - p);
-    b.in = in + image * c.in_image;
-    b.pixel = c.pixel + f;
-    b.tile = int(block) * n;
-    target.channel = b.tile * 16;
-    target.out = out + image * c.out_image + target.channel * channel_bytes;
-    target.res = res ? res + image * c.res_image + target.channel : nullptr;
-    target.out_at = c.out_at + f;
-    target.res_at = c.res_at + f;
-    const bool full = b.tile + n <= tiles;
-    (full ? whole : rest)(b);
-    (full ? whole_finish : rest_finish)(target, b.acc, 0, p);
-  };
-  if (c.pixels_inside)
+  Strip s{&c, nullptr, 0, 0, padded, {&c.epilogue, nullptr, nullptr, c.out_at, c.res_at, 0, c.channels}};
+  for (int64_t begin = first; begin < last; begin += chunk)
     for (int64_t block = block0; block < block1; ++block)
-      for (int64_t unit = first; unit < last; ++unit) run(unit, block);
-  else
-    for (int64_t unit = first; unit < last; ++unit)
-      for (int64_t block = block0; block < block1; ++block) run(unit, block);
+      for (int64_t unit = begin, stop = std::min(begin + chunk, last), blocks; unit < stop; unit += blocks) {
+        const int64_t image = unit / per_image;
+        blocks = std::min(stop, (image + 1) * per_image) - unit;
+        s.in = in + image * c.in_image;
+        s.tile = int(block) * n;
+        s.pixel = (unit - image * per_image) * p;
+        s.target.channel = s.tile * 16;
+        s.target.out = out + image * c.out_image + s.target.channel * channel_bytes;
+        s.target.res = res ? res + image * c.res_image + s.target.channel : nullptr;
+        (s.tile + n <= tiles ? whole : rest)(s, blocks);
+      }
 }
 
 // ---- depthwise -----------------------------------------------------------------------------------------------------------
