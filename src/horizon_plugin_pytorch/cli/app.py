@@ -13,6 +13,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from horizon_plugin_pytorch.plan.runner import Runner
+    from horizon_plugin_pytorch.quantization.report import QuantizationReport
 
     from .programs import Program
 
@@ -167,8 +168,9 @@ def quantize(
         int8 = to_int8(module, items, improve=improve)
         plan = record(int8, items[0])
         plan.save(path)
-        typer.echo(int8.quantization_report.summary())
-        for row in int8.quantization_report.in_float:
+        report: QuantizationReport = int8.quantization_report  # type: ignore[assignment]
+        typer.echo(report.summary())
+        for row in report.in_float:
             typer.echo(f"  in float: {row.module} ({row.form}): {row.reason}")
         console.print(comparison(module, plan, items))
     typer.echo(

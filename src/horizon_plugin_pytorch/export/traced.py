@@ -35,7 +35,7 @@ class TracedQTensor(QTensor):
         return self.make(payload, self.scale if scale is None else scale, self.dtype8)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Attributes that are tensors, such as ``q.T``, are those of the integers."""
         args, kwargs = torch.utils._pytree.tree_map_only(TracedQTensor, lambda q: q._payload, (args, kwargs or {}))
         return func(*args, **kwargs)
