@@ -184,3 +184,35 @@ def test_tables(kind: str, tmp_path: Path) -> None:
     assert verify(plan, tmp_path / "table.onnx", x).differing == 0
     to_onnx(plan, tmp_path / "table.onnx", form="float")
     assert verify(plan, tmp_path / "table.onnx", x).sqnr > 15
+
+
+def shuffled_by_views(x: Tensor) -> Tensor:
+    b, c, h, w = x.size()
+    return x.view(b, 2, c // 2, h, w).transpose(1, 2).contiguous().view(b, -1, h, w)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [shuffled_by_views, lambda x: torch.channel_shuffle(x, 2), lambda x: F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2)],
+    ids=["views", "channel_shuffle", "pixels"],
+)
+def test_openvino_keeps_the_order_of_channels(function: Any, tmp_path: Path) -> None:
+    """At a free image size, integers that lie channels-last there."""
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 12, 10)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 48, 3, padding=1), nn.Conv2d(48, 48, 1), nn.Conv2d(48, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(function(torch.relu(self.b(torch.relu(self.a(x))))))
+
+    plan = record(Net(), x)
+    model = onnx.load(to_onnx(plan, tmp_path / "net.onnx"))
+    assert [d.dim_param for d in model.graph.input[0].type.tensor_type.shape.dim] == ["batch", "", "height", "width"]
+    assert verify(plan, tmp_path / "net.onnx", x, "openvino").sqnr >= 40
+    to_onnx(plan, tmp_path / "net.onnx", form="qoperator")
+    assert verify(plan, tmp_path / "net.onnx", [x, torch.randn(1, 3, 6, 8)]).differing == 0

@@ -148,7 +148,8 @@ def test_drawn(case: Case) -> None:
             assert found.outputs[0].steps is not None and found.outputs[0].steps <= 1, found
             if form == "qoperator":
                 assert found.differing == 0, found
-            elif OPENVINO and case.geometry.dims == 2:  # in other dimensions OpenVINO 2026.4 errs in odd cases
+            elif OPENVINO and case.geometry.dims == 2 and not case.per_channel:
+                # OpenVINO 2026.4 errs in odd cases of other dimensions; scales per channel are for depthwise readers, see below
                 found = verify(plan, path, inputs, "openvino")
                 assert found.outputs[0].steps is not None and found.outputs[0].steps <= 1, found
 
@@ -185,6 +186,8 @@ def test_a_channel_scale_becomes_one_scale_and_every_integer_stays(tmp_path: Pat
                 assert not activation or tensors[node.input[1]] == []
         found = verify(plan, path, inputs)
         assert found.differing == 0, found
+        if OPENVINO and form == "qdq":
+            assert verify(plan, path, inputs, "openvino").outputs[0].steps == 0
 
 
 def test_a_channel_scale_that_others_read(tmp_path: Path) -> None:

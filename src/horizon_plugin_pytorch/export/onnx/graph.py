@@ -104,6 +104,16 @@ class Graph:
                     if name == old:
                         names[i] = new
 
+    def prune(self, outputs: Sequence[str]) -> None:
+        """Drop the nodes that no output needs."""
+        needed = set(outputs)
+        kept = []
+        for node in reversed(self.nodes):
+            if needed & set(node.output):
+                needed |= set(node.input)
+                kept.append(node)
+        self.nodes = kept[::-1]
+
     def tensors(self) -> list[onnx.TensorProto]:
         """The initializers that a node reads."""
         used = {name for node in self.nodes for name in node.input}

@@ -53,6 +53,7 @@ def _model(
         except NeedsOpset as needed:
             opset = needed.opset
             assert opset <= HIGHEST_OPSET
+    graph.prune(outputs)
     made = helper.make_graph(
         graph.nodes,
         plan.model,

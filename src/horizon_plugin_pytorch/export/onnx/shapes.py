@@ -74,6 +74,10 @@ class Shapes:
         shapes = [tuple(self._in(run, value, item).shape) for run in self.runs]
         return tuple(ns[0] if len(set(ns)) == 1 else None for ns in zip(*shapes, strict=True))
 
+    def equal(self, a: int, dim_a: int, b: int, dim_b: int) -> bool:
+        """Whether a dimension of one tensor is as large as one of another, whatever the inputs' sizes."""
+        return all(run[a].shape[dim_a] == run[b].shape[dim_b] for run in self.runs)
+
     def symbols(self, value: int, item: int | None, name: str) -> list[int | str]:
         """The shape with names in place of what varies: ``batch`` where it is the inputs' batch, else a name of its own."""
         shape: list[int | str] = []

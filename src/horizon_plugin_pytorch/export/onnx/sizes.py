@@ -61,9 +61,9 @@ def as_vector(graph: Graph, sizes: Sequence[Any]) -> str:
 
 
 def shape_vector(graph: Graph, sizes: Sequence[Any]) -> str:
-    """As `as_vector`, for Reshape: the one size that varies, if there is no other unknown, is what is left, -1."""
+    """As `as_vector`, for Reshape: the only size that varies, if there is no other unknown, is what is left, -1."""
     unknown = [i for i, n in enumerate(sizes) if isinstance(n, Dim) or n == -1]
-    if len(unknown) == 1 and 0 not in sizes:
+    if len(unknown) == 1:
         sizes = [-1 if i == unknown[0] else n for i, n in enumerate(sizes)]
     return as_vector(graph, sizes)
 

@@ -59,6 +59,12 @@ class Call:
             raise NeedsFixedSize(what)
         return value
 
+    def maker(self, argument: Any) -> Step | None:
+        """The step that makes a value; None for an input or a constant."""
+        first = len(self.low.plan.inputs)
+        made = isinstance(argument, Ref) and argument.value >= first
+        return self.low.plan.steps[argument.value - first] if made else None
+
     def meta(self, argument: Any) -> Any:
         if isinstance(argument, Const):
             return self.low.plan.constants[argument.name]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from horizon_plugin_pytorch.export.errors import ExportError
@@ -45,9 +44,39 @@ def current(c: Call, input: Any, dims: Sequence[int]) -> list[Any]:
 
 def reshape(c: Call, input: Any, *shape: Any, size: Any = None) -> str:
     wanted = _shape(c, shape if size is None else (size,))
-    known = c.result
-    wanted = [n if k is None else k for n, k in zip(wanted, known, strict=True)]
+    shuffled = _shuffle_of(c, input)
+    if shuffled is not None:
+        source, groups, channels = shuffled
+        return _shuffled(c, c.tensor(source), groups, channels)
+    wanted = [n if k is None else k for n, k in zip(wanted, c.result, strict=True)]
     return c.op("Reshape", c.tensor(input), shape_vector(c.graph, wanted))
+
+
+def _shuffle_of(c: Call, input: Any) -> tuple[Ref, int, int] | None:
+    """What ``view(b, g, c // g, h, w).transpose(1, 2).view(b, c, h, w)`` shuffles, into how many groups, and its channels.
+
+    Written as `channel_shuffle`, through four dimensions: OpenVINO (2026.4) loses the order of elements in five of free size.
+    """
+    shapes, swap = c.low.shapes, c.maker(input)
+    while swap is not None and swap.target == "method.contiguous":
+        swap = c.maker(swap.args[0])
+    if swap is None or swap.target not in ("torch.transpose", "method.transpose") or set(swap.args[1:]) != {1, 2}:
+        return None
+    view = c.maker(swap.args[0])
+    if (
+        view is None
+        or view.target not in ("method.view", "method.reshape", "torch.reshape")
+        or not isinstance(view.args[0], Ref)
+    ):
+        return None
+    (source, apart), result = (view.args[0].value, swap.args[0].value), c.low.index
+    if [len(shapes.of(v)) for v in (source, apart, result)] != [4, 5, 4]:
+        return None
+    groups, channels = shapes.of(apart)[1], shapes.of(source)[1]
+    same = all(
+        shapes.equal(source, d, result, d) and (d == 1 or shapes.equal(source, d, apart, d + (d > 1))) for d in range(4)
+    )
+    return (view.args[0], groups, channels) if same and groups is not None and channels is not None else None
 
 
 def reshape_as(c: Call, input: Any, other: Any) -> str:
@@ -295,20 +324,22 @@ def pixel_shuffle(c: Call, input: Any, upscale_factor: int) -> str:
 
 def pixel_unshuffle(c: Call, input: Any, downscale_factor: int) -> str:
     """SpaceToDepth puts the block's rows and columns before the channels; PyTorch behind them."""
-    channels, r = c.sizes(input)[1], downscale_factor
-    if channels is None or c.rank(input) != 4:
-        raise ExportError("pixel_unshuffle needs [N, C, H, W] and a known number of channels")
-    y = c.op("SpaceToDepth", c.tensor(input), blocksize=r)
-    order = np.arange(channels * r * r).reshape(r * r, channels).T.ravel()
-    return y if channels == 1 else c.graph.op("Gather", y, c.graph.constant(order), axis=1)
+    if c.rank(input) != 4:
+        raise ExportError("pixel_unshuffle needs [N, C, H, W]")
+    y = c.op("SpaceToDepth", c.tensor(input), blocksize=downscale_factor)
+    return _shuffled(c, y, downscale_factor**2, c.result[1])
 
 
 def channel_shuffle(c: Call, input: Any, groups: int) -> str:
-    channels = c.sizes(input)[1]
+    return _shuffled(c, c.tensor(input), groups, c.result[1])
+
+
+def _shuffled(c: Call, x: str, groups: int, channels: int | None) -> str:
+    """Channel ``g * n + i`` becomes ``i * groups + g``."""
     if channels is None:
-        raise ExportError("channel_shuffle needs a known number of channels")
-    order = np.arange(channels).reshape(groups, -1).T.ravel()
-    return c.op("Gather", c.tensor(input), c.graph.constant(order), axis=1)
+        raise ExportError("it needs a known number of channels")
+    apart = c.graph.op("Reshape", x, c.graph.constant([0, groups, channels // groups, -1]))
+    return c.graph.op("Reshape", c.graph.op("Transpose", apart, perm=[0, 2, 1, 3]), c.graph.op("Shape", x))
 
 
 def pad(c: Call, input: Any, pad: Any, mode: str = "constant", value: Any = None) -> str:
