@@ -45,6 +45,11 @@ def upsample_nearest(
     ``out == in`` or ``out == 2 * in``, is taken for 1 or 2. (Its kernels disagree about this exception. It is the rule
     of those for the CPU, whatever the device here.)
 
+    For "nearest-exact" this is the rule of PyTorch's kernels for CUDA, for many channels in channels_last, and for CPUs
+    without fused multiply-add. With it, its others compute ``(i + 0.5) * r - 0.5`` with one rounding and add 0.5: where
+    ``(i + 0.5) * in / out`` is a whole number and `r` is not exact, they may take the source before or after (4 to 82:
+    one index). No result here depends on the layout or on the machine.
+
     Args:
         x_q: int8 or uint8.
         size: the output's spatial size.
@@ -139,8 +144,9 @@ def upsampled(
     """For each dimension the output's size, and the factor if one was given; see `upsample_nearest`."""
     if (size is None) == (scale_factor is None):
         raise ValueError("one of size and scale_factor must be given")
-    if scale_factor is None:
+    if size is not None:
         return [(out, None) for out in as_tuple(size, len(spatial))]
+    assert scale_factor is not None
     factors = [scale_factor] * len(spatial) if isinstance(scale_factor, (int, float)) else scale_factor
     return [(floor(n * f), f) for n, f in zip(spatial, factors, strict=True)]
 
