@@ -196,6 +196,11 @@ class _Recorder(fx.Interpreter):
         result = super().run_node(n)
         if n.op == "placeholder":
             if not isinstance(result, Tensor):
+                if any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(result)):
+                    raise PlanError(
+                        f"record: the argument {n.target!r} is a {type(result).__name__} of tensors; a plan's inputs are tensors: wrap the "
+                        "model in one whose forward takes each of them by itself"
+                    )
                 self.refs[n] = result
                 return result
             self.inputs.append(str(n.target))
@@ -213,6 +218,8 @@ class _Recorder(fx.Interpreter):
 
     def _module(self, n: fx.Node, module: nn.Module, result: Any) -> None:
         name = str(n.target)
+        if "input" in n.kwargs:
+            n.args, n.kwargs = (n.kwargs["input"], *n.args), {k: v for k, v in n.kwargs.items() if k != "input"}
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         arguments = self._arguments(n.args)
         if isinstance(module, Quantize):

@@ -122,6 +122,8 @@ def differing(a: Any, b: Any) -> int:
     if isinstance(a, dict):
         assert a.keys() == b.keys()
         return sum(differing(a[k], b[k]) for k in a)
+    if not isinstance(a, torch.Tensor):
+        return int(a != b)
     assert isinstance(a, QTensor) == isinstance(b, QTensor)
     if isinstance(a, QTensor):
         assert a.dtype8 == b.dtype8 and torch.equal(a.scale, b.scale)

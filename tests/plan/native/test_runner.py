@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import horizon_plugin_pytorch as horizon
 from horizon_plugin_pytorch.backends.cpu import library
 from horizon_plugin_pytorch.plan import Plan, PlanError
 from plan.native import plans
+from quantization.programs import PROGRAMS
 
 needs_library = pytest.mark.skipif(library.why_not() is not None, reason="the CPU kernels were not built")
 
@@ -295,3 +297,26 @@ def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
     subprocess.run([compiler, str(source), "-o", str(tmp_path / "sizes")], check=True)
     printed = subprocess.run([str(tmp_path / "sizes")], capture_output=True, text=True, check=True).stdout
     assert [int(n) for n in printed.split()] == expected
+
+
+NOT_PLANS = {
+    "view_in_place_and_other_readers_before", "flag_as_an_argument", "module_that_cannot_be_traced", "control_flow", "assignment_to_a_part",
+    "tuple_as_input",
+}  # fmt: skip
+
+
+@needs_library
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_forwards_written_in_many_ways_equal_the_reference(name: str) -> None:
+    kind, item, _ = PROGRAMS[name]
+    torch.manual_seed(0)
+    int8 = horizon.quantize(kind().eval(), [item], improve=False, progress=False)
+    try:
+        plan = horizon.plan.record(int8, item)
+    except PlanError:
+        assert name in NOT_PLANS
+        return
+    assert name not in NOT_PLANS
+    inputs = [x for x in tree_leaves(item) if isinstance(x, Tensor)]
+    expected, got = (plan.compile(backend)(*inputs) for backend in ("reference", "cpu"))
+    assert plans.differing(expected, got) == 0

@@ -19,6 +19,7 @@ from horizon_plugin_pytorch.backends import reference
 from horizon_plugin_pytorch.backends.cpu import library
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
+from horizon_plugin_pytorch.plan.in_place import changed_elsewhere, changes
 from horizon_plugin_pytorch.plan.native import elementwise, groups, moves, stems, windows
 from horizon_plugin_pytorch.plan.native.batches import tail
 from horizon_plugin_pytorch.plan.native.constants import Constants
@@ -26,7 +27,7 @@ from horizon_plugin_pytorch.plan.native.layout import Buffer, Halo, View, fresh,
 from horizon_plugin_pytorch.plan.native.outlook import Outlook
 from horizon_plugin_pytorch.plan.native.program import Builder, Operation
 from horizon_plugin_pytorch.plan.native.walks import halo
-from horizon_plugin_pytorch.plan.program import Plan, Ref, Step, refs
+from horizon_plugin_pytorch.plan.program import Const, Plan, Ref, Step, refs
 from horizon_plugin_pytorch.plan.steps import fill
 
 
@@ -134,8 +135,10 @@ class Lowering:
             at_start = replace(view, offset=0)
             self.builder.add("zero", params, [(params.out, at_start)], barrier=False)
 
-    def view(self, ref: Ref) -> View | None:
-        """Where a value lies; what PyTorch made is copied into the arena (or, floats, read where they are)."""
+    def view(self, ref: Ref | Const) -> View | None:
+        """Where a value lies; what PyTorch made is copied into the arena (or, floats, read where they are). None: for PyTorch only."""
+        if isinstance(ref, Const):
+            return None
         value = self.env[ref.value]
         if isinstance(value, View):
             return value
@@ -179,7 +182,10 @@ class Lowering:
             "table": self._table, "function": self._function,
         }  # fmt: skip
         last = tail(self.plan, self.metas)
-        for i, step in enumerate(self.plan.steps):
+        steps = self.plan.steps
+        # Tensors that several values share, and one step changes, are PyTorch's: the arena has no such thing.
+        shared = any(changes(s) and changed_elsewhere(self.plan, i) is not None for i, s in enumerate(steps))
+        for i, step in enumerate(steps):
             self.builder.step = i
             meta = self.metas[self.value(i)]
             if i in last:
@@ -188,7 +194,7 @@ class Lowering:
             if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(meta)):
                 self.env.append(meta)  # a host value is known by now
                 continue
-            result = rules[step.kind](i, step)
+            result = None if shared else rules[step.kind](i, step)
             self.env.append(self._in_torch(i, step) if result is None else result)
         for i in sorted(last):
             self._in_torch(i, self.plan.steps[i])

@@ -87,7 +87,9 @@ def _move(lowering: Lowering, i: int, step: Step, first: Ref, name: str) -> Any:
         given = {first.value: memory}
         values = lambda n: given.get(n, lowering.metas[n])  # noqa: B023, E731
         try:
-            result = run_function(step.target, fill(step.args, values, {}), fill(step.kwargs, values, {}))
+            result = run_function(
+                step.target, *(fill(a, values, lowering.plan.constants) for a in (step.args, step.kwargs))
+            )
         except RuntimeError:  # view() of memory that has to be copied
             result = None
         leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]

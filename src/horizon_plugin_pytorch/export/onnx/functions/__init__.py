@@ -21,6 +21,7 @@ from horizon_plugin_pytorch.export.onnx.lowering import Dim, Lowering, Quantized
 from horizon_plugin_pytorch.export.onnx.sizes import ARITHMETIC, is_dynamic, size_of
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
 from horizon_plugin_pytorch.plan import Step
+from horizon_plugin_pytorch.plan.in_place import changed_elsewhere, changes
 from horizon_plugin_pytorch.plan.program import Ref, refs
 
 RULES: dict[str, Callable[..., Any]] = {
@@ -63,7 +64,7 @@ def function(low: Lowering, step: Step) -> Any:
     call = Call(low, step, units, moves_integers)
     args = step.args[:1] if step.target == "attribute" else step.args
     kwargs = {name: value for name, value in step.kwargs.items() if (name, value) != ("out", None)}
-    if step.target.startswith("method.") and step.target.endswith("_"):
+    if changes(step):
         _refuse_shared(low, step)
     try:
         bound = inspect.signature(rule).bind(call, *args, **kwargs)
@@ -85,25 +86,12 @@ def function(low: Lowering, step: Step) -> Any:
 
 def _refuse_shared(low: Lowering, step: Step) -> None:
     """Raise if a step that changes a tensor in place changes what others read: a graph's tensors do not change."""
-    plan, first = low.plan, len(low.plan.inputs)
-
-    def memory(value: int) -> int:
-        """The value whose memory this one may be a part of."""
-        while value >= first and plan.steps[value - first].kind == "function":
-            sources = [r.value for r in refs(plan.steps[value - first].args)]
-            if not sources or plan.steps[value - first].target.rpartition(".")[2].rstrip("_") not in layout.RULES:
-                break
-            value = sources[0]
-        return value
-
-    changed = memory(step.args[0].value)
-    later = [r.value for s in plan.steps[low.index - first + 1 :] for r in refs((s.args, s.kwargs))]
-    for value in (*later, *(r.value for r in refs(plan.outputs))):
-        if value < low.index and memory(value) == changed:
-            raise ExportError(
-                f"it changes a tensor in place that is read afterwards as {plan.values[value].name!r}, for which ONNX has no form: "
-                "write it so that it returns a new tensor"
-            )
+    other = changed_elsewhere(low.plan, low.index - len(low.plan.inputs))
+    if other is not None:
+        raise ExportError(
+            f"it changes a tensor in place that is read afterwards as {other!r}, for which ONNX has no form: "
+            "write it so that it returns a new tensor"
+        )
 
 
 def _host(low: Lowering, step: Step, meta: Any) -> Any:
