@@ -1,4 +1,4 @@
-"""Linear up-sampling of integers in the form ``qoperator``: the plan's integers, whatever the factor."""
+"""Up-sampling of integers in the form ``qoperator``: the plan's integers, whatever the factor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Between(nn.Module):
         self.before, self.behind, self.call = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), call
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.behind(F.interpolate(torch.relu(self.before(x)), mode="bilinear", **self.call))
+        return self.behind(F.interpolate(torch.relu(self.before(x)), **{"mode": "bilinear"} | self.call))
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,13 @@ class Between(nn.Module):
         ({"scale_factor": 1.7}, False),
         ({"size": (13, 17)}, False),
         ({"scale_factor": 2, "align_corners": True}, False),
+        # where a runtime's division finds other sources than PyTorch's product
+        ({"size": (492, 82), "mode": "nearest"}, False),
+        ({"size": (141, 82), "mode": "nearest-exact"}, False),
+        ({"scale_factor": (1.15, 2.05), "mode": "nearest"}, False),
+        ({"scale_factor": 41, "mode": "nearest"}, False),
+        ({"scale_factor": (3, 2), "mode": "nearest"}, True),
+        ({"scale_factor": 7, "mode": "nearest-exact"}, True),
     ],
 )
 def test_integers_equal_the_plans(call: dict[str, Any], any_size: bool, tmp_path: Path) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
+from horizon_plugin_pytorch.backends.reference.layout import nearest_sources
 from horizon_plugin_pytorch.export.errors import ExportError
 from horizon_plugin_pytorch.export.onnx import integers, pools
 from horizon_plugin_pytorch.export.onnx.functions.call import Call
 from horizon_plugin_pytorch.export.onnx.functions.layout import current
-from horizon_plugin_pytorch.export.onnx.shapes import NeedsFixedSize
+from horizon_plugin_pytorch.export.onnx.shapes import NeedsFixedSize, Sizes
 from horizon_plugin_pytorch.export.onnx.sizes import as_vector
 
 
@@ -58,6 +60,42 @@ def _powers_of_two(factors: Any) -> bool:
     return all(isinstance(f, (int, float)) and f > 0 and math.frexp(f)[0] == 0.5 for f in each)
 
 
+def _sure_at_any_size(factors: Any, exact: bool) -> bool:
+    """Whether Resize by these finds PyTorch's sources: ``float32(1 / factor)`` does not fall short of the edges of inputs."""
+    each = factors if isinstance(factors, (tuple, list)) else [factors]
+    return all(
+        _powers_of_two(f)
+        or (f is not None and f == int(f) > 0 and (exact or Fraction(float(np.float32(1 / f))) * int(f) >= 1))
+        for f in each
+    )
+
+
+def _gathered(c: Call, x: str, sizes: Sizes, result: Sizes, factors: Any, exact: bool) -> str | None:
+    """Nearest up-sampling as a Gather per dimension, where Resize is not sure to find PyTorch's sources; else None.
+
+    PyTorch multiplies by ``float32(in / out)``, runtimes divide by ``float32(out / in)``: they part where a source is at the edge of an
+    input. Resize is sure where `out / in` or `in / out` is whole, its division exact at those edges, and PyTorch's rounding harmless.
+    """
+    sides = [(n, m) for n, m in zip(sizes[2:], result[2:], strict=True) if n is not None and m is not None]
+    if len(sides) < len(sizes) - 2:
+        if c.units is not None and c.low.form == "qoperator" and not _sure_at_any_size(factors, exact):
+            raise NeedsFixedSize("nearest up-sampling of integers to a size, or by such a factor")
+        return None
+    each = factors if isinstance(factors, (tuple, list)) else [factors] * len(sides)
+    found, sure = [], True
+    for (n, m), factor in zip(sides, each, strict=True):
+        sure &= factor in (None, m / n) and (m % n == 0 or n % m == 0)
+        if len(sizes) == 4 and not exact and m in (n, 2 * n):
+            factor = None  # as in `reference.upsample_nearest`
+        found.append(nearest_sources(n, m, factor, exact).numpy())
+        sure &= np.array_equal(found[-1], (2 * np.arange(m) + exact) * n // (2 * m))
+    if sure:
+        return None
+    for dim, source in enumerate(found, start=2):
+        x = c.op("Gather", x, c.graph.constant(source), axis=dim)
+    return x
+
+
 def interpolate(
     c: Call, input: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest", align_corners: bool | None = None,
     recompute_scale_factor: bool | None = None, antialias: bool = False,
@@ -84,6 +122,11 @@ def interpolate(
             c.low, c.value(input), c.sizes(input), sizes, factors, bool(align_corners), c.path
         )
     x = integers.counted(c.low, c.value(input)) if counted else c.tensor(input)
+    if mode.startswith("nearest"):
+        given = None if recompute_scale_factor else factors
+        gathered = _gathered(c, x, c.sizes(input), sizes, given, mode == "nearest-exact")
+        if gathered is not None:
+            return gathered
 
     def rounded(y: str) -> Any:
         """Linear up-sampling of integers rounds its sums."""
