@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define HZ_ABI 1
+#define HZ_ABI 2
 
 // Memory a program works on: slot 0 is the arena, the others are the caller's tensors. The arena, and only it, can be read for
 // HZ_SLACK bytes past its end; what lies there is never part of a result.

@@ -33,6 +33,7 @@ FIXED_BATCH = {"moves", "fresh_tensors"}
 REFUSED = {
     "nested_outputs": r"returns what is not a tensor: \['b'\]\[1\]\[1\]",
     "view_in_place": r"step 3 \('mul_', method.mul_\): it changes a tensor in place that is read afterwards as",
+    "view_in_place_by_an_argument": r"step 3 \('relu', torch.nn.functional.relu\): it changes a tensor in place that is read afterwards as",
 }
 
 

@@ -101,6 +101,13 @@ def view_in_place(self: Any, x: Tensor) -> Tensor:
     return self.b(x)
 
 
+@program()
+def view_in_place_by_an_argument(self: Any, x: Tensor) -> Tensor:
+    x = self.a(x)
+    F.relu(x[:, 0], inplace=True)
+    return self.b(x)
+
+
 @program(float=["iadd"])
 def view_in_place_and_other_readers_before(self: Any, x: Tensor) -> Tensor:
     x = self.a(x)

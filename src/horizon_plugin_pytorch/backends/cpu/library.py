@@ -14,7 +14,7 @@ from typing import Any
 
 import torch  # noqa: F401  # its OpenMP runtime has to be there before the library asks for one by the same name
 
-ABI = 1
+ABI = 2
 SLACK = 4096
 CHANNELS = 64
 """Vectors over channels are padded to a multiple of this."""

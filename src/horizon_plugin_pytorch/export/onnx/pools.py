@@ -105,14 +105,8 @@ def adaptive_average(graph: Graph, x: str, sizes: Sizes, path: str, dims: int, o
     parts = _parts(sizes, dims, output_size)
     x, sizes, added = _batched(graph, x, sizes, dims)
     spatial = sizes[-dims:]
-    if all(w == 1 or (w == 0 and n == 1) for n, w in zip(spatial, parts, strict=True)):
-        y = graph.op("GlobalAveragePool", x, name=path)
-    elif not any(parts):
-        y = graph.op("Identity", x, name=path)
-    elif None not in spatial and all(n % (w or n) == 0 for n, w in zip(spatial, parts, strict=True)):  # type: ignore[operator]
-        kernel = [n // (w or n) for n, w in zip(spatial, parts, strict=True)]  # type: ignore[operator]
-        y = graph.op("AveragePool", x, kernel_shape=kernel, strides=kernel, name=path)
-    else:
+    y = _equal_parts(graph, x, spatial, parts, path, "Average")
+    if y is None:
         y = x
         for axis, (n, w) in enumerate(zip(spatial, parts, strict=True), start=2):
             if w == 0:
@@ -123,6 +117,18 @@ def adaptive_average(graph: Graph, x: str, sizes: Sizes, path: str, dims: int, o
             assert n is not None
             y = _matrix_along(graph, y, _averages(n, w), axis, dims + 2)
     return _unbatched(graph, y, added)
+
+
+def _equal_parts(graph: Graph, x: str, spatial: Sizes, parts: list[int], path: str, kind: str) -> str | None:
+    """The pool of the whole, of nothing, or of parts of one size; None for others."""
+    if all(w == 1 or (w == 0 and n == 1) for n, w in zip(spatial, parts, strict=True)):
+        return graph.op(f"Global{kind}Pool", x, name=path)
+    if not any(parts):
+        return graph.op("Identity", x, name=path)
+    if None in spatial or any(n % (w or n) for n, w in zip(spatial, parts, strict=True)):  # type: ignore[operator]
+        return None
+    kernel = [n // (w or n) for n, w in zip(spatial, parts, strict=True)]  # type: ignore[operator]
+    return graph.op(f"{kind}Pool", x, kernel_shape=kernel, strides=kernel, name=path)
 
 
 def _averages(n: int, parts: int) -> Any:
@@ -150,14 +156,8 @@ def adaptive_maximum(
         raise ExportError("the indices of a max pool have no form here: let the model use the values alone")
     x, sizes, added = _batched(graph, x, sizes, dims)
     spatial = sizes[-dims:]
-    if all(w == 1 or (w == 0 and n == 1) for n, w in zip(spatial, parts, strict=True)):
-        y = graph.op("GlobalMaxPool", x, name=path)
-    elif not any(parts):
-        y = graph.op("Identity", x, name=path)
-    elif None not in spatial and all(n % (w or n) == 0 for n, w in zip(spatial, parts, strict=True)):  # type: ignore[operator]
-        kernel = [n // (w or n) for n, w in zip(spatial, parts, strict=True)]  # type: ignore[operator]
-        y = graph.op("MaxPool", x, kernel_shape=kernel, strides=kernel, name=path)
-    else:
+    y = _equal_parts(graph, x, spatial, parts, path, "Max")
+    if y is None:
         raise (
             NeedsFixedSize(f"an adaptive max pool of {spatial} to {output_size}")
             if None in spatial

@@ -19,7 +19,7 @@ from horizon_plugin_pytorch.backends import reference
 from horizon_plugin_pytorch.backends.cpu import library
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
-from horizon_plugin_pytorch.plan.in_place import changed_elsewhere, changes
+from horizon_plugin_pytorch.plan.in_place import changed_elsewhere
 from horizon_plugin_pytorch.plan.native import elementwise, groups, moves, stems, windows
 from horizon_plugin_pytorch.plan.native.batches import tail
 from horizon_plugin_pytorch.plan.native.constants import Constants
@@ -184,7 +184,7 @@ class Lowering:
         last = tail(self.plan, self.metas)
         steps = self.plan.steps
         # Tensors that several values share, and one step changes, are PyTorch's: the arena has no such thing.
-        shared = any(changes(s) and changed_elsewhere(self.plan, i) is not None for i, s in enumerate(steps))
+        shared = any(changed_elsewhere(self.plan, i) is not None for i in range(len(steps)))
         for i, step in enumerate(steps):
             self.builder.step = i
             meta = self.metas[self.value(i)]

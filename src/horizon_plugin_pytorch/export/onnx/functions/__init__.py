@@ -21,7 +21,7 @@ from horizon_plugin_pytorch.export.onnx.lowering import Dim, Lowering, Quantized
 from horizon_plugin_pytorch.export.onnx.sizes import ARITHMETIC, is_dynamic, size_of
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
 from horizon_plugin_pytorch.plan import Step
-from horizon_plugin_pytorch.plan.in_place import changed_elsewhere, changes
+from horizon_plugin_pytorch.plan.in_place import changed_elsewhere
 from horizon_plugin_pytorch.plan.program import Ref, refs
 
 RULES: dict[str, Callable[..., Any]] = {
@@ -64,8 +64,7 @@ def function(low: Lowering, step: Step) -> Any:
     call = Call(low, step, units, moves_integers)
     args = step.args[:1] if step.target == "attribute" else step.args
     kwargs = {name: value for name, value in step.kwargs.items() if (name, value) != ("out", None)}
-    if changes(step):
-        _refuse_shared(low, step)
+    _refuse_shared(low)
     try:
         bound = inspect.signature(rule).bind(call, *args, **kwargs)
     except TypeError as error:
@@ -84,7 +83,7 @@ def function(low: Lowering, step: Step) -> Any:
     )
 
 
-def _refuse_shared(low: Lowering, step: Step) -> None:
+def _refuse_shared(low: Lowering) -> None:
     """Raise if a step that changes a tensor in place changes what others read: a graph's tensors do not change."""
     other = changed_elsewhere(low.plan, low.index - len(low.plan.inputs))
     if other is not None:
