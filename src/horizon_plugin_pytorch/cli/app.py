@@ -151,12 +151,12 @@ def quantize(
     from horizon_plugin_pytorch.plan import PlanError, record
     from horizon_plugin_pytorch.quantization.quantize import quantize as to_int8
 
-    from .model_spec import SpecError, load_model
+    from .model_spec import SpecError, is_onnx, load_model
     from .quantizing import check_runs, comparison, numbers, open_data
 
     console = Console(width=get_terminal_size(fallback=(140, 24)).columns, highlight=False)
     path = output or Path(
-        f"{Path(model).stem if model.endswith('.onnx') else model.rpartition(':')[2]}.int8.safetensors"
+        f"{Path(model).stem if is_onnx(model) else model.rpartition(':')[2]}.int8.safetensors"
     )
     with _error_to_exit(SpecError, QuantizationError, PlanError, OSError, ValueError):
         module = load_model(model).eval()
