@@ -155,9 +155,7 @@ def quantize(
     from .quantizing import check_runs, comparison, numbers, open_data
 
     console = Console(width=get_terminal_size(fallback=(140, 24)).columns, highlight=False)
-    path = output or Path(
-        f"{Path(model).stem if is_onnx(model) else model.rpartition(':')[2]}.int8.safetensors"
-    )
+    path = output or Path(f"{Path(model).stem if is_onnx(model) else model.rpartition(':')[2]}.int8.safetensors")
     with _error_to_exit(SpecError, QuantizationError, PlanError, OSError, ValueError):
         module = load_model(model).eval()
         pixels = {"white": white, "mean": numbers(mean, "--mean"), "std": numbers(std, "--std"), "bgr": bgr}

@@ -61,14 +61,14 @@ def upsample_nearest(
     """
     y = x_q
     for dim, (out, factor) in enumerate(upsampled(x_q.shape[2:], size, scale_factor), start=2):
-        if x_q.dim() == 4 and not exact and out in (x_q.shape[dim], 2 * x_q.shape[dim]):
-            factor = None
-        y = y.index_select(dim, nearest_sources(x_q.shape[dim], out, factor, exact).to(x_q.device))
+        y = y.index_select(dim, nearest_sources(x_q.dim() - 2, x_q.shape[dim], out, factor, exact).to(x_q.device))
     return in_layout_of(x_q, y)
 
 
-def nearest_sources(length: int, out: int, factor: float | None, exact: bool) -> Tensor:
-    """The input index of each output index along one dimension, int64 ``[out]``; see `upsample_nearest`."""
+def nearest_sources(dims: int, length: int, out: int, factor: float | None, exact: bool) -> Tensor:
+    """The input index of each output index along one of `dims` spatial dimensions, int64 ``[out]``; see `upsample_nearest`."""
+    if dims == 2 and not exact and out in (length, 2 * length):
+        factor = None
     index = torch.arange(out, device="cpu")
     ratio = torch.tensor(1 / factor if factor else length / out, dtype=torch.float64, device="cpu").to(torch.float32)
     position = (index + (0.5 if exact else 0.0)).to(torch.float32) * ratio

@@ -190,11 +190,10 @@ def upsample(lowering: Lowering, i: int, ref: Ref, call: dict[str, Any]) -> View
         emit_linear(lowering.builder, x, y, targets, bool(call.get("align_corners")))
         return y
     exact = mode == "nearest-exact"
-    sources = []
-    for length, (out, factor) in zip(shape[2:], targets, strict=True):
-        if len(shape) == 4 and not exact and out in (length, 2 * length):
-            factor = None
-        sources.append(reference.layout.nearest_sources(length, out, factor, exact).numpy())
+    sources = [
+        reference.layout.nearest_sources(len(targets), length, out, factor, exact).numpy()
+        for length, (out, factor) in zip(shape[2:], targets, strict=True)
+    ]
     emit_gather(lowering.builder, x, y, 1, sources)
     return y
 

@@ -85,9 +85,7 @@ def _gathered(c: Call, x: str, sizes: Sizes, result: Sizes, factors: Any, exact:
     found, sure = [], True
     for (n, m), factor in zip(sides, each, strict=True):
         sure &= factor in (None, m / n) and (m % n == 0 or n % m == 0)
-        if len(sizes) == 4 and not exact and m in (n, 2 * n):
-            factor = None  # as in `reference.upsample_nearest`
-        found.append(nearest_sources(n, m, factor, exact).numpy())
+        found.append(nearest_sources(len(sides), n, m, factor, exact).numpy())
         sure &= np.array_equal(found[-1], (2 * np.arange(m) + exact) * n // (2 * m))
     if sure:
         return None
