@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define HZ_ABI 2
+#define HZ_ABI 3
 
 // Memory a program works on: slot 0 is the arena, the others are the caller's tensors. The arena, and only it, can be read for
 // HZ_SLACK bytes past its end; what lies there is never part of a result.
@@ -41,6 +41,7 @@ enum hz_kind {
   HZ_AVG_POOL = 11,  // hz_pool
   HZ_UPSAMPLE = 12,  // hz_upsample: nearest
   HZ_INTERPOLATE = 13, // hz_interpolate: linear, bilinear
+  HZ_BANDS = 14,     // hz_bands
 };
 
 typedef struct {
@@ -172,7 +173,21 @@ typedef struct {
   const void *params;
 } hz_op;
 
-// The operations run `iterations` times, on slots that advance by slot_step bytes each time (slot 0 stays).
+// A chain of operations, depth first: a band of the last one's rows after the other goes through the whole chain, so that what lies
+// between two of its operations stays in a cache. Threads share the bands, each takes neighbouring ones, and works in its own memory
+// (hz_program.own_bytes). A thread's first band begins afresh; where `next_count` is not 0, a band that follows goes on from what
+// the one before it has left.
+typedef struct {
+  const hz_op *fresh, *next; // their barriers are ignored; no HZ_BANDS
+  int32_t fresh_count, next_count;
+} hz_band;
+typedef struct {
+  int64_t count;
+  const hz_band *bands;
+} hz_bands;
+
+// The operations run `iterations` times, on slots that advance by slot_step bytes each time (slot 0 stays). The last slot, where
+// own_bytes is not 0, is memory of the threads' own: so many bytes for each of them.
 typedef struct {
   const hz_op *ops;
   int64_t count;
@@ -181,6 +196,7 @@ typedef struct {
   int32_t slots;
   int32_t apart;            // 1: each thread runs whole iterations in an arena of its own, 0: threads share each operation
   int64_t arena_bytes;      // apart: bytes from a thread's arena to the next
+  int64_t own_bytes;
 } hz_program;
 
 int hz_abi(void);

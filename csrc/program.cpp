@@ -193,6 +193,8 @@ void zero(const hz_zero &p, Slots slots, Part part) {
   }
 }
 
+void run_bands(const Tier &tier, const hz_bands &p, Slots slots, Part part);
+
 void run_op(const Tier &tier, const hz_op &op, Slots slots, Part part) {
   switch (op.kind) {
   case HZ_CONV: return tier.conv(*static_cast<const hz_conv *>(op.params), slots, part);
@@ -202,7 +204,20 @@ void run_op(const Tier &tier, const hz_op &op, Slots slots, Part part) {
   case HZ_AVG_POOL: return tier.avg_pool(*static_cast<const hz_pool *>(op.params), slots, part);
   case HZ_UPSAMPLE:
   case HZ_INTERPOLATE: return tier.upsample(op, slots, part);
+  case HZ_BANDS: return run_bands(tier, *static_cast<const hz_bands *>(op.params), slots, part);
   default: return tier.elementwise(op.kind, *static_cast<const hz_elementwise *>(op.params), slots, part);
+  }
+}
+
+void run_bands(const Tier &tier, const hz_bands &p, Slots slots, Part part) {
+  int64_t begin, end;
+  part.range(p.count, begin, end);
+  for (int64_t i = begin; i < end; ++i) {
+    const hz_band &band = p.bands[i];
+    const bool next = i > begin && band.next_count > 0;
+    const hz_op *const ops = next ? band.next : band.fresh;
+    for (int32_t op = 0, count = next ? band.next_count : band.fresh_count; op < count; ++op)
+      run_op(tier, ops[op], slots, Part{0, 1});
   }
 }
 
@@ -222,19 +237,21 @@ struct Session {
 // The memory that one iteration works on.
 class Memory {
 public:
-  Memory(const hz_program &program, void *const *slots, int64_t arena) : program_(program), first_(slots) {
+  Memory(const hz_program &program, void *const *slots, int64_t arena, int thread)
+      : program_(program), first_(slots), callers_(program.slots - (program.own_bytes > 0)) {
     now_.resize(size_t(program.slots));
     if (program.slots > 0) now_[0] = static_cast<uint8_t *>(slots[0]) + arena;
+    if (program.own_bytes > 0) now_.back() = static_cast<uint8_t *>(slots[callers_]) + thread * program.own_bytes;
   }
   Slots of(int64_t iteration) {
-    for (int32_t s = 1; s < program_.slots; ++s)
-      now_[size_t(s)] = static_cast<uint8_t *>(first_[s]) + iteration * program_.slot_step[s];
+    for (int32_t s = 1; s < callers_; ++s) now_[size_t(s)] = static_cast<uint8_t *>(first_[s]) + iteration * program_.slot_step[s];
     return now_.data();
   }
 
 private:
   const hz_program &program_;
   void *const *first_;
+  int32_t callers_; // slots that are not the threads' own
   std::vector<uint8_t *> now_;
 };
 
@@ -242,7 +259,7 @@ void run_apart(const hz_program &program, void *const *slots, const Tier &tier, 
   std::atomic<int64_t> next{0};
   run_team(threads, [&](Part part) {
     Session session(tier);
-    Memory memory(program, slots, part.index * program.arena_bytes);
+    Memory memory(program, slots, part.index * program.arena_bytes, part.index);
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < program.iterations;) {
       const Slots now = memory.of(i);
       for (int64_t op = 0; op < program.count; ++op) run_op(tier, program.ops[op], now, Part{0, 1});
@@ -260,7 +277,7 @@ void run_shared(const hz_program &program, void *const *slots, const Tier &tier,
   Barrier barrier;
   run_team(threads, [&](Part part) {
     Session session(tier);
-    Memory memory(program, slots, 0);
+    Memory memory(program, slots, 0, part.index);
     if (seconds) barrier.wait(part.count);
     double before = seconds ? now() : 0;
     for (int64_t i = 0; i < program.iterations; ++i) {
@@ -281,7 +298,7 @@ void run_shared(const hz_program &program, void *const *slots, const Tier &tier,
 
 const Tier *usable(int isa) { return isa < 0 || isa >= isa_count || isa > machine_isa() ? nullptr : isas[isa].tier; }
 
-bool known(const hz_op &op) { return op.kind >= HZ_CONV && op.kind <= HZ_INTERPOLATE && op.params; }
+bool known(const hz_op &op) { return op.kind >= HZ_CONV && op.kind <= HZ_BANDS && op.params; }
 
 struct Free {
   void operator()(uint8_t *p) const { std::free(p); }

@@ -194,7 +194,7 @@ void test_quantize_finds_nan(int best) {
           e.bad = &bad;
           const hz_op op{HZ_QUANTIZE, 0, &e};
           const int64_t steps[2] = {};
-          const hz_program p{&op, 1, 1, steps, 2, 0, 0};
+          const hz_program p{&op, 1, 1, steps, 2, 0, 0, 0};
           void *slots[] = {x.data(), y.data()};
           CHECK(hz_run(&p, slots, 1, isa) == 0 && bad == (where >= 0), "bad is %d, NaN at %lld", bad, static_cast<long long>(where));
         }
@@ -215,7 +215,7 @@ void test_large_average(int best) {
     for (int d = 0; d < 3; ++d) pool.out_size[d] = 1, pool.start[d] = &start, pool.stop[d] = d == 2 ? &wide : &one;
     const hz_op op{HZ_AVG_POOL, 0, &pool};
     const int64_t steps[2] = {};
-    const hz_program p{&op, 1, 1, steps, 2, 0, 0};
+    const hz_program p{&op, 1, 1, steps, 2, 0, 0, 0};
     void *slots[] = {const_cast<uint8_t *>(x), y};
     CHECK(hz_run(&p, slots, 1, isa) == 0 && std::equal(x, x + 3, y), "averages of 255, 254, 3: %d %d %d", y[0], y[1], y[2]);
   }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,34 +70,9 @@ def _reference(runner: Runner, inputs: Sequence[Tensor]) -> Run:
 
 
 def _native(runner: Runner, inputs: Sequence[Tensor]) -> Run:
-    from horizon_plugin_pytorch.plan.native.execution import NativeProgram
-
-    class Timed(NativeProgram):
-        """A native program that notes how long each operation took."""
-
-        def __init__(self, program: NativeProgram) -> None:
-            self.__dict__ |= program.__dict__
-            self.seconds = [0.0] * len(self.plan.steps)
-            self.done = 0  # operations
-
-        def _native(self, program: Any, pointers: Any, threads: int, state: Any) -> None:
-            from horizon_plugin_pytorch.backends.cpu import library
-
-            each = (ctypes.c_double * program.count)()
-            code = library.load().hz_profile(ctypes.byref(program), pointers, threads, self.isa, each)
-            assert code == 0  # it ran before, with these threads
-            for operation, taken in zip(self.lowered.builder.operations[self.done :], each, strict=False):
-                self.seconds[operation.step] += taken
-            self.done += program.count
-
-        def _in_torch(self, step: Any, *rest: Any) -> None:
-            start = time.perf_counter()
-            super()._in_torch(step, *rest)
-            self.seconds[step.index] = time.perf_counter() - start
-
     assert runner._native is not None
     with torch.no_grad():
         threads = runner.threads or torch.get_num_threads()
-        timed = Timed(runner._native.program(list(inputs), threads))
-        timed(list(inputs), threads)
-    return timed.seconds, set(range(len(runner.plan.steps))) - set(timed.steps_in_torch)
+        program = runner._native.program(list(inputs), threads)
+        seconds = program.profile(list(inputs), threads)
+    return seconds, set(range(len(seconds))) - set(program.steps_in_torch)

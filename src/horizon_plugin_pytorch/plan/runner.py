@@ -151,7 +151,7 @@ class _Native:
         return self.program(inputs, threads)(inputs, threads)
 
     def program(self, inputs: list[Tensor], threads: int) -> Any:
-        from horizon_plugin_pytorch.plan.native.execution import compile_for
+        from horizon_plugin_pytorch.plan.native.compiling import compile_for
 
         key = (*((tuple(x.shape), x.stride()) for x in inputs), threads)
         with self._lock:

@@ -103,8 +103,8 @@ def reference(plan: Plan, *inputs: Tensor) -> Any:
     return fill(plan.outputs, values.__getitem__, plan.constants)
 
 
-def program(plan: Plan, *inputs: Tensor, isa: int = 0) -> NativeProgram:
-    return NativeProgram(plan, Constants(plan), inputs, isa)
+def program(plan: Plan, *inputs: Tensor, isa: int = 0, **how: Any) -> NativeProgram:
+    return NativeProgram(plan, Constants(plan), inputs, isa, **how)
 
 
 def native(plan: Plan, *inputs: Tensor, isa: int, threads: int = 1) -> tuple[Any, list[int]]:

@@ -281,7 +281,8 @@ def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
     structures = {
         "hz_ref": library.Ref, "hz_view": library.View, "hz_epilogue": library.Epilogue, "hz_conv": library.Conv,
         "hz_depthwise": library.Depthwise, "hz_zero": library.Zero, "hz_elementwise": library.Elementwise, "hz_pool": library.Pool,
-        "hz_upsample": library.Upsample, "hz_interpolate": library.Interpolate, "hz_op": library.Op, "hz_program": library.Program,
+        "hz_upsample": library.Upsample, "hz_interpolate": library.Interpolate, "hz_op": library.Op, "hz_band": library.Band,
+        "hz_bands": library.Bands, "hz_program": library.Program,
     }  # fmt: skip
     lines, expected = [], []
     for name, structure in structures.items():

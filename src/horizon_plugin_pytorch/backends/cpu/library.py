@@ -14,7 +14,7 @@ from typing import Any
 
 import torch  # noqa: F401  # its OpenMP runtime has to be there before the library asks for one by the same name
 
-ABI = 2
+ABI = 3
 SLACK = 4096
 CHANNELS = 64
 """Vectors over channels are padded to a multiple of this."""
@@ -31,7 +31,7 @@ ISAS = ("portable", "avx2", "avx512_vnni", "amx")
 KINDS = {
     name: number
     for number, name in enumerate(
-        "conv depthwise zero quantize dequantize copy rescale table add mul max_pool avg_pool upsample interpolate".split()
+        "conv depthwise zero quantize dequantize copy rescale table add mul max_pool avg_pool upsample interpolate bands".split()
     )
 }
 
@@ -116,10 +116,18 @@ class Op(c.Structure):
     _fields_ = [("kind", i32), ("barrier", i32), ("params", ptr)]
 
 
+class Band(c.Structure):
+    _fields_ = [("fresh", c.POINTER(Op)), ("next", c.POINTER(Op)), ("fresh_count", i32), ("next_count", i32)]
+
+
+class Bands(c.Structure):
+    _fields_ = [("count", i64), ("bands", c.POINTER(Band))]
+
+
 class Program(c.Structure):
     _fields_ = [
         ("ops", c.POINTER(Op)), ("count", i64), ("iterations", i64), ("slot_step", ptr), ("slots", i32), ("apart", i32),
-        ("arena_bytes", i64),
+        ("arena_bytes", i64), ("own_bytes", i64),
     ]  # fmt: skip
 
 

@@ -125,10 +125,10 @@ def splits(images: int, threads: int) -> list[Split]:
 
 def choose(
     candidates: Sequence[Split], build: Callable[[Split], Any], inputs: Sequence[Tensor], threads: int, until: float
-) -> tuple[Split, Any]:
-    """The split whose program runs the fastest on random data, and that program; no new one is tried after `until`."""
-    best: tuple[float, Split, Any] | None = None
-    data = [torch.randn_like(x) if x.is_floating_point() else x for x in inputs]
+) -> Split:
+    """The split whose program runs the fastest on random data; no new one is tried after `until`."""
+    best: tuple[float, Split] | None = None
+    data = random_like(inputs)
     for split in candidates:
         if best is not None and time.monotonic() > until:
             break
@@ -140,9 +140,14 @@ def choose(
             continue  # a size that the model has as a constant
         seconds = _seconds(lambda: program(data, threads))  # noqa: B023
         if best is None or seconds < best[0]:
-            best = seconds, split, program
+            best = seconds, split
     assert best is not None
-    return best[1], best[2]
+    return best[1]
+
+
+def random_like(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Data to measure on: what a caller brings may be NaN, or all alike."""
+    return [torch.randn_like(x) if x.is_floating_point() else x for x in inputs]
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -161,4 +166,4 @@ def key(plan: Plan, isa: str, threads: int, inputs: Sequence[Tensor]) -> str:
     shapes = [(tuple(x.shape), x.stride()) for x in inputs]
     steps = [(s.kind, s.name, str(s.params.get("geometry"))) for s in plan.steps]
     digest = hashlib.sha256(repr((steps, plan.int8_bytes, shapes)).encode()).hexdigest()[:32]
-    return f"batch {isa} {threads} {digest}"
+    return f"{isa} {threads} {digest}"

@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_map
 from horizon_plugin_pytorch.backends.cpu import library
 from horizon_plugin_pytorch.backends.cpu.memory import Memory
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
-from horizon_plugin_pytorch.plan.native import batches, tuning
+from horizon_plugin_pytorch.plan.native import tuning
+from horizon_plugin_pytorch.plan.native.bands import Bands
 from horizon_plugin_pytorch.plan.native.batches import Split, separable
 from horizon_plugin_pytorch.plan.native.constants import Constants
 from horizon_plugin_pytorch.plan.native.layout import View
-from horizon_plugin_pytorch.plan.native.lowering import InTorch, Lowering, TorchStep
+from horizon_plugin_pytorch.plan.native.lowering import Depth, InTorch, Lowering, TorchStep
 from horizon_plugin_pytorch.plan.native.shapes import infer
 from horizon_plugin_pytorch.plan.native.tuning import Tuner
 from horizon_plugin_pytorch.plan.program import Plan, PlanError
@@ -34,9 +35,10 @@ class _State:
     def __init__(self, program: NativeProgram, threads: int) -> None:
         arenas = threads if program.split.apart else 1
         self.threads = threads
-        self.arena = Memory().empty(arenas * program.arena_bytes + library.SLACK)
+        self.arena = program.memory(arenas, threads)
+        self.own = self.arena.data_ptr() + arenas * program.arena_bytes
         self.bad = ctypes.c_int32(0)
-        self.own: list[Any] = []
+        self.kept: list[Any] = []
         lowered = program.lowered
         operations = lowered.builder.operations
         array = (library.Op * max(len(operations), 1))()
@@ -45,9 +47,9 @@ class _State:
             if i in lowered.quantizes:
                 params = type(params).from_buffer_copy(params)
                 params.bad = ctypes.addressof(self.bad)
-                self.own.append(params)
+                self.kept.append(params)
             array[i] = library.Op(library.KINDS[operation.kind], int(operation.barrier), ctypes.addressof(params))
-        self.own.append(array)
+        self.kept.append(array)
         self.segments: list[TorchStep | library.Program] = []
         begin = 0
         for step in [*lowered.torch_steps, None]:
@@ -57,7 +59,7 @@ class _State:
                 self.segments.append(
                     library.Program(
                         first, end - begin, program.iterations, ctypes.addressof(program.slot_step), program.slots,
-                        int(program.split.apart), program.arena_bytes,
+                        int(program.split.apart), program.arena_bytes, program.own_bytes,
                     )
                 )  # fmt: skip
             if step is not None:
@@ -71,6 +73,8 @@ class NativeProgram:
     Args:
         tuner: chooses how convolutions are done; None: without measurements.
         split: run the plan on so many images at a time, see `batches`; None: on all.
+        threads: how many there will be, for which work is cut evenly.
+        depth: which chains of convolutions run depth first.
 
     Raises:
         PlanError: the plan does not accept these inputs, or cannot be run on a part of the batch.
@@ -84,6 +88,8 @@ class NativeProgram:
         isa: int,
         tuner: Tuner | None = None,
         split: Split | None = None,
+        threads: int = 1,
+        depth: Depth = (),
     ) -> None:
         self.plan, self.isa = plan, isa
         self.images = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
@@ -93,12 +99,14 @@ class NativeProgram:
         metas = infer(plan, [(tuple(x.shape), x.dtype) for x in inputs])
         if self.iterations > 1 and not separable(plan, metas, self.split.images):
             raise PlanError(f"{plan.model} does not compute each image of a batch by itself")
-        self.lowered = Lowering(plan, constants, metas, inputs, isa).run()
+        threads = 1 if self.split.apart else threads
+        self.lowered = Lowering(plan, constants, metas, inputs, isa, threads, depth).run()
         if self.iterations > 1 and any(step.index not in self.lowered.tail for step in self.lowered.torch_steps):
             raise PlanError(f"{plan.model} runs steps in PyTorch between others, so it runs on whole batches")
         self.arena_bytes = self.lowered.arena_bytes
-        self.slots = len(self.lowered.slots) + 1
-        steps = [0, *(v.strides[0] * self.split.images if self.iterations > 1 else 0 for v in self.lowered.slots)]
+        self.own_bytes = self.lowered.own_bytes + library.SLACK if self.lowered.own_bytes else 0
+        self.slots = len(self.lowered.slots) + 2
+        steps = [0, *(v.strides[0] * self.split.images if self.iterations > 1 else 0 for v in self.lowered.slots), 0]
         self.slot_step = (ctypes.c_int64 * self.slots)(*steps)
         self._inputs = len(inputs)
         self._imported = {
@@ -106,17 +114,24 @@ class NativeProgram:
         }  # slots of floats that PyTorch makes
         self._states: deque[_State] = deque()
         for operation in self.lowered.builder.operations:
-            if operation.kind == "conv":
-                tuning.apply(operation, tuning.usual(operation.params))
+            for part in operation.parts():
+                if part.kind == "conv":
+                    tuning.apply(part, tuning.usual(part.params))
+            if isinstance(operation, Bands):
+                operation.assemble()
         if tuner is not None:
             self.tune(tuner, whole)
 
     def tune(self, tuner: Tuner, inputs: Sequence[Tensor]) -> None:
         """Choose how convolutions are done; not while the program runs."""
         self._states.clear()
-        arena = Memory().empty(self.arena_bytes + library.SLACK).random_(0, 256)
+        arena = self.memory(1, 1).random_(0, 256)
         tensors = self._tensors(arena, inputs)
-        tuner.tune(self.lowered.builder.operations, self._pointers(tensors))
+        tuner.tune(self.lowered.builder.operations, self._pointers(tensors, arena.data_ptr() + self.arena_bytes))
+
+    def memory(self, arenas: int, threads: int) -> Tensor:
+        """Uninitialized bytes: arenas, and then what each thread has of its own."""
+        return Memory().empty(arenas * self.arena_bytes + threads * self.own_bytes + library.SLACK)
 
     def _tensors(self, arena: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         """The tensors of all slots; None for those that PyTorch makes on the way."""
@@ -129,14 +144,26 @@ class NativeProgram:
             tensors.append(made)
         return tensors
 
-    def _pointers(self, tensors: Sequence[Tensor | None]) -> Any:
-        return (ctypes.c_void_p * self.slots)(*(None if t is None else t.data_ptr() for t in tensors))
+    def _pointers(self, tensors: Sequence[Tensor | None], own: int) -> Any:
+        return (ctypes.c_void_p * self.slots)(*(None if t is None else t.data_ptr() for t in tensors), own)
 
     @property
     def steps_in_torch(self) -> list[int]:
         return [step.index for step in self.lowered.torch_steps]
 
     def __call__(self, inputs: Sequence[Tensor], threads: int) -> Any:
+        return self._with_state(inputs, threads, None)
+
+    def profile(self, inputs: Sequence[Tensor], threads: int) -> list[float]:
+        """Run once, with a wait behind each operation; the seconds that each of the plan's steps took.
+
+        Those of steps that run together are the last one's. Threads share each operation, also where they otherwise would not.
+        """
+        seconds = [0.0] * len(self.plan.steps)
+        self._with_state(inputs, threads, seconds)
+        return seconds
+
+    def _with_state(self, inputs: Sequence[Tensor], threads: int, seconds: list[float] | None) -> Any:
         try:
             state = self._states.pop()
             if state.threads != threads:
@@ -144,29 +171,40 @@ class NativeProgram:
         except IndexError:
             state = _State(self, threads)
         try:
-            return self._run(state, inputs, threads)
+            return self._run(state, inputs, threads, seconds)
         finally:
             if len(self._states) < _MOST_IDLE_STATES:
                 self._states.append(state)
 
-    def _run(self, state: _State, inputs: Sequence[Tensor], threads: int) -> Any:
+    def _run(self, state: _State, inputs: Sequence[Tensor], threads: int, seconds: list[float] | None) -> Any:
         tensors = self._tensors(state.arena, inputs)
-        pointers = self._pointers(tensors)
+        pointers = self._pointers(tensors, state.own)
         values: dict[int, Any] = {}
 
         def value(index: int) -> Any:
             return self._value(self.lowered.values[index], values, tensors, state)
 
+        done = 0  # operations
         for segment in state.segments:
             if isinstance(segment, library.Program):
-                self._native(segment, pointers, threads, state)
+                taken = None if seconds is None else (ctypes.c_double * segment.count)()
+                self._native(segment, pointers, threads, state, taken)
+                if seconds is not None:
+                    for operation, each in zip(self.lowered.builder.operations[done:], taken, strict=False):
+                        seconds[operation.step] += each
+                done += segment.count
             else:
+                start = time.perf_counter()
                 self._in_torch(segment, value, values, tensors, pointers, state)
+                if seconds is not None:
+                    seconds[segment.index] = time.perf_counter() - start
         return fill(self.plan.outputs, lambda n: self._detached(value(n), state), self.plan.constants)
 
-    def _native(self, program: library.Program, pointers: Any, threads: int, state: _State) -> None:
+    def _native(self, program: library.Program, pointers: Any, threads: int, state: _State, seconds: Any) -> None:
+        """`seconds`: None, or an array for what each operation takes."""
         state.bad.value = 0
-        code = library.load().hz_run(ctypes.byref(program), pointers, threads, self.isa)
+        arguments = (ctypes.byref(program), pointers, threads, self.isa)
+        code = library.load().hz_run(*arguments) if seconds is None else library.load().hz_profile(*arguments, seconds)
         if code:
             raise PlanError(f"the CPU kernels refused the program with code {code}")
         if state.bad.value:
@@ -232,38 +270,6 @@ class NativeProgram:
         if plain.untyped_storage().data_ptr() != state.arena.untyped_storage().data_ptr():
             return value
         return value.like(plain.clone()) if isinstance(value, QTensor) else plain.clone()
-
-
-def compile_for(
-    plan: Plan, constants: Constants, inputs: Sequence[Tensor], isa: int, threads: int, cache: tuning.Cache
-) -> NativeProgram:
-    """The program for inputs of this shape and layout that measures fastest, as far as measurements go in their time."""
-    images = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
-    candidates = batches.splits(images, threads)
-    if len(candidates) > 1 and not separable(plan, infer(plan, [(tuple(x.shape), x.dtype) for x in inputs]), images):
-        candidates = candidates[-1:]
-
-    def tuner(split: Split, seconds: float) -> Tuner:
-        return Tuner(isa, 1 if split.apart else threads, cache, time.monotonic() + seconds)
-
-    def build(split: Split, seconds: float = tuning.BUDGET) -> NativeProgram:
-        return NativeProgram(plan, constants, inputs, isa, tuner(split, seconds), split)
-
-    key = batches.key(plan, library.ISAS[isa], threads, inputs)
-    known = cache.get(key, (images + 1, 2))
-    split = candidates[-1] if known is None else Split(known[0], bool(known[1]))
-    if len(candidates) == 1 or split not in candidates or (known is None and images < 2):
-        program = build(candidates[-1])
-    elif known is not None:
-        program = build(split)
-    else:
-        share = tuning.BUDGET / len(candidates)
-        until = time.monotonic() + 2 * tuning.BUDGET
-        split, program = batches.choose(candidates, lambda s: build(s, share), inputs, threads, until)
-        cache.put(key, (split.images, int(split.apart)))
-        program.tune(tuner(split, tuning.BUDGET / 2), inputs)
-    cache.write()
-    return program
 
 
 def _contiguous(value: Any) -> Any:

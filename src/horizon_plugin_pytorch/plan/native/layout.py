@@ -18,6 +18,8 @@ from torch import Tensor
 
 ITEM = {"int8": 1, "uint8": 1, "float32": 4}
 ALIGN = 64
+OWN = -2
+"""In place of a slot's number: memory that each thread has of its own."""
 Halo = Mapping[int, tuple[int, int]]
 """Zeros before and after a value, by dimension."""
 
@@ -28,7 +30,7 @@ class Buffer:
 
     Attributes:
         bytes: its size.
-        slot: 0 for the arena, otherwise a tensor of the call's.
+        slot: 0 for the arena, `OWN`, otherwise a tensor of the call's.
         begin, end: the stretches of the program from the first to the last use, for buffers in the arena.
         offset: bytes from the slot's start, once the arena is laid out.
     """

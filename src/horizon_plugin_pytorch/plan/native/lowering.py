@@ -20,7 +20,8 @@ from horizon_plugin_pytorch.backends.cpu import library
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
 from horizon_plugin_pytorch.plan.in_place import changed_elsewhere
-from horizon_plugin_pytorch.plan.native import elementwise, groups, moves, stems, windows
+from horizon_plugin_pytorch.plan.native import bands, elementwise, groups, moves, stems, windows
+from horizon_plugin_pytorch.plan.native.bands import Chain
 from horizon_plugin_pytorch.plan.native.batches import tail
 from horizon_plugin_pytorch.plan.native.constants import Constants
 from horizon_plugin_pytorch.plan.native.layout import Buffer, Halo, View, fresh, zero_ranges
@@ -29,6 +30,10 @@ from horizon_plugin_pytorch.plan.native.program import Builder, Operation
 from horizon_plugin_pytorch.plan.native.walks import halo
 from horizon_plugin_pytorch.plan.program import Const, Plan, Ref, Step, refs
 from horizon_plugin_pytorch.plan.steps import fill
+
+
+Depth = Sequence[int]
+"""For each chain, see `bands.find`, how many bytes between its groups lie in memory at a time; 0: all, one group after the other."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Lowered:
         slots: the buffers of slots 1, 2, …; inputs first.
         quantizes: numbers of the operations that look for NaN.
         tail: the steps of `torch_steps` that come after everything else and work on whole batches.
+        chains: the chains there are, whether or not they run in bands.
     """
 
     builder: Builder
@@ -68,15 +74,26 @@ class Lowered:
     torch_steps: list[TorchStep]
     slots: list[View]
     arena_bytes: int = 0
+    own_bytes: int = 0
     quantizes: list[int] = field(default_factory=list)
     tail: set[int] = field(default_factory=set)
+    chains: list[Chain] = field(default_factory=list)
 
 
 class Lowering:
+    """See `NativeProgram` for the arguments; `metas` from `shapes.infer`."""
+
     def __init__(
-        self, plan: Plan, constants: Constants, metas: Sequence[Any], inputs: Sequence[Tensor], isa: int
+        self,
+        plan: Plan,
+        constants: Constants,
+        metas: Sequence[Any],
+        inputs: Sequence[Tensor],
+        isa: int,
+        threads: int = 1,
+        depth: Depth = (),
     ) -> None:
-        self.plan, self.constants, self.metas = plan, constants, metas
+        self.plan, self.constants, self.metas, self.threads = plan, constants, metas, threads
         self.builder = Builder(isa)
         self.env: list[Any] = []
         self.torch_steps: list[TorchStep] = []
@@ -87,6 +104,8 @@ class Lowering:
             self.env.append(self._slot(tuple(x.shape), strides, str(x.dtype).removeprefix("torch.")))
         self.ahead = Outlook(plan, metas, isa)
         self.joined: dict[int, View] = {}
+        self.chains = bands.find(plan, metas, self.ahead)
+        self.depth = dict(zip(self.chains, depth, strict=False))
 
     def value(self, step: int) -> int:
         return len(self.plan.inputs) + step
@@ -185,6 +204,8 @@ class Lowering:
         steps = self.plan.steps
         # Tensors that several values share, and one step changes, are PyTorch's: the arena has no such thing.
         shared = any(changed_elsewhere(self.plan, i) is not None for i in range(len(steps)))
+        ends = {} if shared else {chain[-1]: chain for chain, size in self.depth.items() if size}
+        within = {i for chain in ends.values() for i in chain[:-1]}
         for i, step in enumerate(steps):
             self.builder.step = i
             meta = self.metas[self.value(i)]
@@ -194,7 +215,10 @@ class Lowering:
             if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(meta)):
                 self.env.append(meta)  # a host value is known by now
                 continue
-            result = None if shared else rules[step.kind](i, step)
+            if i in within:
+                self.env.append(None)  # not before the chain's last group
+                continue
+            result = None if shared else self._chain(ends[i]) if i in ends else rules[step.kind](i, step)
             self.env.append(self._in_torch(i, step) if result is None else result)
         for i in sorted(last):
             self._in_torch(i, self.plan.steps[i])
@@ -203,7 +227,8 @@ class Lowering:
         for leaf in tree_leaves(fill(self.plan.outputs, self.env.__getitem__, self.constants)):
             if isinstance(leaf, View):
                 self.builder.use(leaf.buffer)
-        lowered.arena_bytes = self.builder.finish()
+        lowered.arena_bytes, lowered.own_bytes = self.builder.finish(len(self.slots) + 1)
+        lowered.chains = self.chains
         return lowered
 
     def _in_torch(self, i: int, step: Step) -> InTorch:
@@ -273,17 +298,9 @@ class Lowering:
             x = self.operand(ref, axis, self.ahead.halo(i, axis, inputs) if geometry.dims else None)
         if x is None or x.dtype == "float32":
             return None
-        residual = None
-        if len(step.args) > 1:
-            residual = self.view(step.args[1])
-            if residual is None:
-                return None
-            residual = elementwise.broadcast(residual, out_shape)
-            if not residual.channels_last(axis) or (residual.strides[axis] == 0 and out_shape[axis] > 1):
-                laid = fresh(out_shape, residual.dtype, axis, None, residual.scale)
-                if not elementwise.emit(self.builder, "copy", laid, residual):
-                    return None
-                residual = laid
+        residual = self._residual(step, axis, out_shape)
+        if residual is None and len(step.args) > 1:
+            return None
         stem = None
         if ref.value in self.ahead.stems:
             padding: Any = geometry.padding
@@ -295,6 +312,29 @@ class Lowering:
         )
         for n, walks in enumerate(self.ahead.walks[i]):
             groups.emit(self.builder, self.constants, step, walks, operands, barrier=n == len(self.ahead.walks[i]) - 1)
+        return y
+
+    def _residual(self, step: Step, axis: int, shape: tuple[int, ...]) -> View | None:
+        """What a group adds, of its output's shape and with its channels next to each other."""
+        view = self.view(step.args[1]) if len(step.args) > 1 else None
+        if view is None:
+            return None
+        view = elementwise.broadcast(view, shape)
+        if view.channels_last(axis) and (view.strides[axis] != 0 or shape[axis] == 1):
+            return view
+        laid = fresh(shape, view.dtype, axis, None, view.scale)
+        return laid if elementwise.emit(self.builder, "copy", laid, view) else None
+
+    def _chain(self, chain: Chain) -> View:
+        """Groups that run in bands; `bands.find` takes those alone whose operands are integers in images."""
+        steps, metas = [self.plan.steps[i] for i in chain], [self.metas[self.value(i)] for i in chain]
+        source = steps[0].args[0]
+        x = self.operand(source, 1, self.ahead.halo(chain[0], 1, tuple(self.metas[source.value].shape[2:])))
+        residuals = [self._residual(step, 1, tuple(meta.shape)) for step, meta in zip(steps, metas, strict=True)]
+        y = self.new(self.value(chain[-1]), 1)
+        members = [bands.Member(*each) for each in zip(steps, (self.ahead.walks[i][0] for i in chain), metas, residuals)]
+        assert x is not None
+        self.builder.append(bands.Chained(self.builder, self.constants, members, x, y, self.depth[chain], self.threads).operation())
         return y
 
     def _operator(self, i: int, step: Step) -> View | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from horizon_plugin_pytorch.backends.cpu import library
 from horizon_plugin_pytorch.plan.native import arena
-from horizon_plugin_pytorch.plan.native.layout import Buffer, View
+from horizon_plugin_pytorch.plan.native.layout import OWN, Buffer, View
 
 
 @dataclass(eq=False)
@@ -36,6 +36,10 @@ class Operation:
 
     def __post_init__(self) -> None:
         self.params = self.ways[0]
+
+    def parts(self) -> Sequence[Operation]:
+        """All operations whose references have to be filled in."""
+        return [self]
 
 
 class Builder:
@@ -83,10 +87,20 @@ class Builder:
             ref.offset += view.offset
             self.use(view.buffer)
             operation.places.append((ref, view.buffer))
-        self.operations.append(operation)
-        if barrier:
-            self.time += 1
+        self.append(operation)
         return operation
+
+    def append(self, operation: Operation) -> None:
+        self.operations.append(operation)
+        if operation.barrier:
+            self.time += 1
+
+    def aside(self, emit: Callable[[], Any]) -> list[Operation]:
+        """The operations that `emit` appends, which do not become part of the program by themselves."""
+        kept, self.operations = self.operations, []
+        emit()
+        made, self.operations = self.operations, kept
+        return made
 
     def wait(self) -> None:
         """What comes next is another stretch: a step that runs in PyTorch."""
@@ -94,11 +108,12 @@ class Builder:
             self.operations[-1].barrier = True
         self.time += 1
 
-    def finish(self) -> int:
-        """Lay out the arena and point every reference into it; returns the arena's bytes."""
-        size = arena.place(b for b in self.buffers if b.slot == 0)
+    def finish(self, own_slot: int) -> tuple[int, int]:
+        """Lay out the arena and a thread's own memory, slot `own_slot`, and point every reference into them; returns their bytes."""
+        sizes = [arena.place(b for b in self.buffers if b.slot == slot) for slot in (0, OWN)]
         for operation in self.operations:
-            for ref, buffer in operation.places:
-                ref.slot = buffer.slot
-                ref.offset += buffer.offset
-        return size
+            for part in operation.parts():
+                for ref, buffer in part.places:
+                    ref.slot = own_slot if buffer.slot == OWN else buffer.slot
+                    ref.offset += buffer.offset
+        return sizes[0], sizes[1]

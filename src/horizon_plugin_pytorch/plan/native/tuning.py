@@ -14,12 +14,14 @@ import platform
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from horizon_plugin_pytorch.backends.cpu import library
+from horizon_plugin_pytorch.plan.native.bands import Bands
 from horizon_plugin_pytorch.plan.native.program import Operation
 
 Way = tuple[int, int, int, int, int]
@@ -61,13 +63,22 @@ class Tuner:
     def tune(self, operations: list[Operation], pointers: Any) -> None:
         """Choose for every convolution; `pointers` are slots with memory that the operations may overwrite."""
         for operation in operations:
-            if operation.kind != "conv":
-                continue
-            key = self._key(operation)
-            way = self._known(key, len(operation.ways))
-            if way is None and time.monotonic() < self.until:
-                way = self._measure(operation, pointers)
-                self.cache.put(key, way)
+            if isinstance(operation, Bands):
+                alone = Tuner(self.isa, 1, self.cache, self.until)
+                for same in operation.alike():
+                    alone._tune(same, pointers)
+                operation.assemble()
+            elif operation.kind == "conv":
+                self._tune([operation], pointers)
+
+    def _tune(self, alike: list[Operation], pointers: Any) -> None:
+        """Choose for operations that can be done in the same ways; the first is measured."""
+        key = self._key(alike[0])
+        way = self._known(key, len(alike[0].ways))
+        if way is None and time.monotonic() < self.until:
+            way = self._measure(alike[0], pointers)
+            self.cache.put(key, way)
+        for operation in alike:
             apply(operation, usual(operation.params) if way is None else way)
 
     def _known(self, key: str, structures: int) -> Way | None:
@@ -140,15 +151,19 @@ class Cache:
     def _ways(self) -> dict[str, Any]:
         return self._all.setdefault(self.machine, {})
 
-    def get(self, key: str, limits: tuple[int, ...]) -> list[int] | None:
-        """The numbers of this key, each from 0 to below its limit; None where there are none, or none that are valid."""
+    def get(self, key: str, limits: tuple[int, ...] | int) -> list[int] | None:
+        """The numbers of this key, each from 0 to below its limit (an integer: that of any number of them); None where there are none, or
+        none that are valid."""
         with self._lock:
             way = self._ways.get(key)
-        if not isinstance(way, list) or len(way) != len(limits):
+        if not isinstance(way, list):
+            return None
+        limits = (limits,) * len(way) if isinstance(limits, int) else limits
+        if len(way) != len(limits):
             return None
         return way if all(type(w) is int and 0 <= w < limit for w, limit in zip(way, limits, strict=True)) else None
 
-    def put(self, key: str, way: tuple[int, ...]) -> None:
+    def put(self, key: str, way: Sequence[int]) -> None:
         with self._lock:
             self._ways[key] = list(way)
             self._new = True

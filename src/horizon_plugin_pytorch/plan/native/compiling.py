@@ -1,0 +1,83 @@
+"""From a plan to the program that measures fastest: how a batch is cut, and which chains run depth first.
+
+What was measured is in the tuner's file; a wrong or stale entry costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from horizon_plugin_pytorch.backends.cpu import library
+from horizon_plugin_pytorch.plan.native import bands, batches, tuning
+from horizon_plugin_pytorch.plan.native.batches import Split
+from horizon_plugin_pytorch.plan.native.constants import Constants
+from horizon_plugin_pytorch.plan.native.execution import NativeProgram
+from horizon_plugin_pytorch.plan.native.lowering import Depth
+from horizon_plugin_pytorch.plan.native.shapes import infer
+from horizon_plugin_pytorch.plan.native.tuning import Tuner
+from horizon_plugin_pytorch.plan.program import Plan
+
+_DEPTHS = (0, *bands.SIZES)
+_MOST_RUNS = 8
+_GAIN = 0.98
+"""Depth first has to be faster by so much: less is noise."""
+
+
+def compile_for(
+    plan: Plan, constants: Constants, inputs: Sequence[Tensor], isa: int, threads: int, cache: tuning.Cache
+) -> NativeProgram:
+    """The program for inputs of this shape and layout that measures fastest, as far as measurements go in their time."""
+    key = batches.key(plan, library.ISAS[isa], threads, inputs)
+
+    def build(
+        split: Split, seconds: float = tuning.BUDGET, depth: Depth = (), inputs: Sequence[Tensor] = inputs
+    ) -> NativeProgram:
+        tuner = Tuner(isa, 1 if split.apart else threads, cache, time.monotonic() + seconds)
+        return NativeProgram(plan, constants, inputs, isa, tuner, split, threads, depth)
+
+    images = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
+    candidates = batches.splits(images, threads)
+    if len(candidates) > 1 and not batches.separable(
+        plan, infer(plan, [(tuple(x.shape), x.dtype) for x in inputs]), images
+    ):
+        candidates = candidates[-1:]
+    known = cache.get(f"batch {key}", (images + 1, 2))
+    split = candidates[-1] if known is None else Split(known[0], bool(known[1]))
+    if len(candidates) > 1 and (known is None or split not in candidates):
+        share = tuning.BUDGET / len(candidates)
+        until = time.monotonic() + 2 * tuning.BUDGET
+        split = batches.choose(candidates, lambda s: build(s, share), inputs, threads, until)
+        cache.put(f"batch {key}", (split.images, int(split.apart)))
+
+    key = f"depth {split.images} {int(split.apart)} {key}"
+    depth = cache.get(key, len(_DEPTHS))
+    if depth is None:
+        part = [x[: split.images] for x in inputs]
+        depth = _depths(lambda depth: build(split, tuning.BUDGET / 2, depth, part), part, 1 if split.apart else threads)
+        cache.put(key, depth)
+    program = build(split, depth=[_DEPTHS[n] for n in depth])
+    cache.write()
+    return program
+
+
+def _depths(build: Callable[[Depth], NativeProgram], inputs: Sequence[Tensor], threads: int) -> list[int]:
+    """For each chain the number in `_DEPTHS` with which it is the fastest, each step timed where it stands in a run."""
+    flat = build(())
+    chains = flat.lowered.chains
+    if not chains:
+        return []
+    programs = [flat, *(build([size] * len(chains)) for size in bands.SIZES)]
+    best = [[float("inf")] * len(flat.plan.steps) for _ in programs]
+    data, until = batches.random_like(inputs), time.monotonic() + tuning.BUDGET / 2
+    with torch.no_grad():
+        for turn in range(_MOST_RUNS):
+            for n, program in enumerate(programs):
+                best[n] = list(map(min, best[n], program.profile(data, threads)))
+            if turn and time.monotonic() > until:
+                break
+    seconds = [[sum(steps[i] for i in chain) * (_GAIN if n == 0 else 1) for n, steps in enumerate(best)] for chain in chains]
+    return [each.index(min(each)) for each in seconds]
