@@ -298,7 +298,19 @@ void run_shared(const hz_program &program, void *const *slots, const Tier &tier,
 
 const Tier *usable(int isa) { return isa < 0 || isa >= isa_count || isa > machine_isa() ? nullptr : isas[isa].tier; }
 
-bool known(const hz_op &op) { return op.kind >= HZ_CONV && op.kind <= HZ_BANDS && op.params; }
+bool known(const hz_op &op) {
+  if (op.kind < HZ_CONV || op.kind > HZ_BANDS || !op.params) return false;
+  if (op.kind != HZ_BANDS) return true;
+  const auto all = [](const hz_op *ops, int32_t count) {
+    for (int32_t i = 0; i < count; ++i)
+      if (ops[i].kind == HZ_BANDS || !known(ops[i])) return false;
+    return true;
+  };
+  const hz_bands &p = *static_cast<const hz_bands *>(op.params);
+  for (int64_t i = 0; i < p.count; ++i)
+    if (!all(p.bands[i].fresh, p.bands[i].fresh_count) || !all(p.bands[i].next, p.bands[i].next_count)) return false;
+  return true;
+}
 
 struct Free {
   void operator()(uint8_t *p) const { std::free(p); }

@@ -221,6 +221,60 @@ void test_large_average(int best) {
   }
 }
 
+// Row r of the output is row r of the input, looked up, plus the row after it. A band looks up two rows, or one and keeps the other.
+void test_bands(int best) {
+  constexpr int64_t rows = 23, width = 130, images = 2;
+  const float one = 1.f;
+  uint8_t table[256];
+  for (int i = 0; i < 256; ++i) table[i] = uint8_t(i * i / 700);
+  std::vector<uint8_t> x(images * (rows + 1) * width), expected(images * rows * width);
+  Random random(3);
+  for (uint8_t &value : x) value = random.byte();
+  std::deque<hz_elementwise> made;
+  const auto row_of = [&](int kind, hz_ref a, hz_ref b, hz_ref out) {
+    hz_elementwise e{};
+    e.a.ref = a, e.b.ref = b, e.out.ref = out;
+    std::fill_n(e.size, HZ_DIMS, 1);
+    e.size[5] = width;
+    e.a.stride[5] = e.b.stride[5] = e.out.stride[5] = 1;
+    e.m = e.ratio = &one;
+    e.table = table;
+    made.push_back(e);
+    return hz_op{kind, 0, &made.back()};
+  };
+  const hz_ref none{-1, HZ_U8, 0}, own0{2, HZ_U8, 0}, own1{2, HZ_U8, width};
+  std::deque<std::vector<hz_op>> ops;
+  std::vector<hz_band> bands;
+  for (int64_t image = 0; image < images; ++image)
+    for (int64_t r = 0; r < rows; ++r) {
+      const hz_ref in{0, HZ_U8, (image * (rows + 1) + r) * width}, after{0, HZ_U8, in.offset + width}, out{1, HZ_U8, (image * rows + r) * width};
+      const hz_op second = row_of(HZ_TABLE, after, none, own1), sum = row_of(HZ_ADD, own0, own1, out);
+      ops.push_back({row_of(HZ_TABLE, in, none, own0), second, sum});
+      ops.push_back({row_of(HZ_COPY, own1, none, own0), second, sum});
+      const std::vector<hz_op> &next = ops.back(), &fresh = ops[ops.size() - 2];
+      bands.push_back({fresh.data(), next.data(), 3, r ? 3 : 0});
+      for (int64_t i = 0; i < width; ++i)
+        expected[size_t(out.offset + i)] = uint8_t(std::min(255, table[x[size_t(in.offset + i)]] + table[x[size_t(after.offset + i)]]));
+    }
+  const hz_bands p{int64_t(bands.size()), bands.data()};
+  const hz_op op{HZ_BANDS, 0, &p};
+  const int64_t steps[3] = {};
+  const hz_program program{&op, 1, 1, steps, 3, 0, 0, 2 * width};
+  for (int isa = 0; isa <= best; ++isa)
+    for (int threads = 1; threads <= 4; ++threads) {
+      std::vector<uint8_t> y(expected.size()), own(size_t(threads) * 2 * width);
+      void *slots[] = {x.data(), y.data(), own.data()};
+      CHECK(hz_run(&program, slots, threads, isa) == 0 && y == expected, "bands, %s, %d threads", hz_isa_name(isa), threads);
+    }
+  const hz_op nested{HZ_BANDS, 0, &p};
+  const hz_band band{&nested, nullptr, 1, 0};
+  const hz_bands around{1, &band};
+  const hz_op outer{HZ_BANDS, 0, &around};
+  const hz_program refused{&outer, 1, 1, steps, 3, 0, 0, 2 * width};
+  void *slots[] = {x.data(), x.data(), x.data()};
+  CHECK(hz_run(&refused, slots, 1, best) == -2, "bands within bands");
+}
+
 void test_interface(int best) {
   CHECK(hz_abi() == HZ_ABI, "abi %d", hz_abi());
   const char *variable = std::getenv("HORIZON_MAX_CPU_ISA");
@@ -243,7 +297,7 @@ void test_interface(int best) {
   hz_program p = program.program();
   CHECK(hz_run(&p, memory.slots(), 1, -1) == -1 && hz_run(&p, memory.slots(), 1, HZ_AMX + 1) == -1, "instruction sets that are none");
   if (machine < HZ_AMX) CHECK(hz_run(&p, memory.slots(), 1, machine + 1) == -1, "an instruction set that this machine lacks");
-  for (int kind : {-1, HZ_INTERPOLATE + 1}) {
+  for (int kind : {-1, HZ_BANDS + 1}) {
     const hz_op unknown{kind, 0, program.ops[0].params};
     p.ops = &unknown;
     CHECK(hz_run(&p, memory.slots(), 1, best) == -2, "operation %d", kind);
@@ -286,6 +340,7 @@ int main(int argc, char **argv) {
   };
   timed("interface", [&] { test_interface(best); });
   timed("profile", [&] { test_profile(best); });
+  timed("bands", [&] { test_bands(best); });
   timed("NaN", [&] { test_quantize_finds_nan(best); });
   timed("large average", [&] { test_large_average(best); });
   timed("each operation", [&] { test_each_operation(best, std::max(10, programs / 10)); });

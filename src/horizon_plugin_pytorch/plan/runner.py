@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,6 +77,11 @@ class Runner:
             PlanError: a missing or unexpected argument, another dtype or number of dimensions than recorded, a size that the model
                 does not accept, NaN in what is quantized, tensors on several devices or on one that the backend cannot use.
         """
+        if self._native is not None and not named:
+            threads = self.threads or torch.get_num_threads()
+            program = self._native.of_last_call(inputs, threads)
+            if program is not None:
+                return program(inputs, threads)
         values = self._bind(inputs, named)
         devices = {v.device for v in values}
         if len(devices) > 1:
@@ -145,10 +150,22 @@ class _Native:
         self.cache = Cache()
         self._programs: OrderedDict[Any, Any] = OrderedDict()
         self._lock = threading.Lock()
+        self._last: tuple[Any, Any] | None = None
+
+    def of_last_call(self, inputs: tuple[Any, ...], threads: int) -> Any:
+        """The program of the last call if it fits, else None. Most calls are like the one before them, and after other work has emptied
+        the caches every look at an input costs: all the checks together a tenth of a small network's time.
+        """
+        last = self._last
+        return last[1] if last is not None and last[0] == _likeness(inputs, threads) else None
 
     def run(self, inputs: list[Tensor], threads: int) -> Any:
-        inputs = [_plain_layout(x) for x in inputs]
-        return self.program(inputs, threads)(inputs, threads)
+        plain = [_plain_layout(x) for x in inputs]
+        program = self.program(plain, threads)
+        result = program(plain, threads)
+        if not program.steps_in_torch and all(x.stride() == y.stride() for x, y in zip(inputs, plain, strict=True)):
+            self._last = _likeness(inputs, threads), program
+        return result
 
     def program(self, inputs: list[Tensor], threads: int) -> Any:
         from horizon_plugin_pytorch.plan.native.compiling import compile_for
@@ -178,6 +195,11 @@ class _Native:
                 f"inputs {shapes}, {key[-1]} threads: {parts}, arena {program.arena_bytes / 1e6:.2f} MB, steps in PyTorch: {in_torch}"
             )
         return lines
+
+
+def _likeness(inputs: Sequence[Any], threads: int) -> Any:
+    """What the checks of a call, and the choice of a program, depend on."""
+    return threads, [(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else None for x in inputs]
 
 
 def _plain_layout(x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from horizon_plugin_pytorch.backends.cpu import library
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
 from horizon_plugin_pytorch.plan import Plan
-from horizon_plugin_pytorch.plan.native import bands
 from plan.native import plans
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="the CPU kernels were not built")
@@ -70,7 +68,9 @@ def network(chain: list[Layer], shape: tuple[int, ...]) -> tuple[Plan, list[torc
         values[name] = made.quantize(number, dtype)
     y = values["x"]
     for i, (layer, geometry, weight) in enumerate(zip(chain, geometries, weights, strict=True)):
-        y = made.group(y, geometry, weight, residual=values.get(f"r{i}"), activation=layer.activation, dtype=layer.dtype)
+        y = made.group(
+            y, geometry, weight, residual=values.get(f"r{i}"), activation=layer.activation, dtype=layer.dtype
+        )
     return made.plan(y), inputs
 
 
@@ -93,7 +93,9 @@ def test_chains(chain: list[Layer], images: int, size: tuple[int, int], channels
     for isa in ISAS:
         for threads in (1, 2, 3):
             program = plans.program(plan, *inputs, isa=isa, threads=threads, depth=[room])
-            assert [len(c) for c in program.lowered.chains] == [len(chain)]
+            assert [len(c.steps) for c in program.lowered.chains] == [len(chain)]
             assert [o.kind for o in program.lowered.builder.operations].count("bands") == 1
             for _ in range(2):  # the second time on what the first has left
-                assert plans.differing(expected, program(inputs, threads)) == 0, f"{library.ISAS[isa]}, {threads} threads"
+                assert plans.differing(expected, program(inputs, threads)) == 0, (
+                    f"{library.ISAS[isa]}, {threads} threads"
+                )

@@ -15,8 +15,8 @@ from horizon_plugin_pytorch.nn.quantized.group import Geometry
 from horizon_plugin_pytorch.plan import Plan
 from horizon_plugin_pytorch.plan.native import batches, tuning
 from horizon_plugin_pytorch.plan.native.batches import Split
-from horizon_plugin_pytorch.plan.native.constants import Constants
 from horizon_plugin_pytorch.plan.native.compiling import compile_for
+from horizon_plugin_pytorch.plan.native.constants import Constants
 from horizon_plugin_pytorch.plan.native.execution import NativeProgram
 from horizon_plugin_pytorch.plan.program import PlanError, Step
 from plan.native import plans

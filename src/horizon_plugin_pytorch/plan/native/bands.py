@@ -27,8 +27,16 @@ from horizon_plugin_pytorch.plan.native.program import Builder, Operation
 from horizon_plugin_pytorch.plan.native.walks import Walk
 from horizon_plugin_pytorch.plan.program import Plan, Ref, Step, refs
 
-Chain = tuple[int, ...]
-"""Groups, by their steps; each but the first reads the one before it, which nobody else does."""
+
+class Chain(NamedTuple):
+    """Groups, by their steps; each but the first reads the one before it, which nobody else does.
+
+    bytes: what lies between them, of an image.
+    """
+
+    steps: tuple[int, ...]
+    bytes: int
+
 
 LONGEST = 3
 """A bottleneck, an inverted residual."""
@@ -42,7 +50,7 @@ class Rows(NamedTuple):
     end: int
 
     @property
-    def count(self) -> int:
+    def length(self) -> int:
         return max(self.end - self.begin, 0)
 
     def within(self, height: int) -> Rows:
@@ -72,7 +80,7 @@ def find(plan: Plan, metas: Sequence[Any], ahead: Outlook) -> list[Chain]:
         run = [last]
         while run[0] in before:
             run.insert(0, before[run[0]])
-        found += _cut(run, [metas[inputs + i].numel() for i in run])
+        found += _cut(run, [prod(metas[inputs + i].shape[1:]) for i in run])
     return found
 
 
@@ -92,8 +100,8 @@ def _cut(run: list[int], sizes: list[int]) -> list[Chain]:
         options = []
         for begin in range(max(0, end - LONGEST), end):
             kept, chains = best[begin]
-            chain = tuple(run[begin:end])
-            options.append((kept + sum(sizes[begin : end - 1]), [*chains, *([chain] if len(chain) > 1 else [])]))
+            chain = Chain(tuple(run[begin:end]), sum(sizes[begin : end - 1]))
+            options.append((kept + chain.bytes, [*chains, chain] if len(chain.steps) > 1 else chains))
         best.append(max(options, key=lambda option: option[0]))
     return best[-1][1]
 
@@ -181,7 +189,7 @@ class Between:
     """The rows between two members, of one band at a time."""
 
     def __init__(self, maker: Member, reader: Member, windows: list[Rows]) -> None:
-        self.rows = max(w.count for w in windows)
+        self.rows = max(w.length for w in windows)
         self.height = maker.height
         y, dtype = maker.y, str(maker.y.dtype8).removeprefix("torch.")
         columns = reader.walks[1].halo(y.shape[3])
@@ -201,7 +209,14 @@ class Chained:
     """A chain that is cut into bands of `size` bytes at the most, where a row of each member has room there."""
 
     def __init__(
-        self, builder: Builder, constants: Constants, members: Sequence[Member], x: View, y: View, size: int, threads: int
+        self,
+        builder: Builder,
+        constants: Constants,
+        members: Sequence[Member],
+        x: View,
+        y: View,
+        size: int,
+        threads: int,
     ) -> None:
         self.builder, self.constants, self.members, self.x, self.y = builder, constants, members, x, y
         height, images = members[-1].height, x.shape[0]
@@ -258,14 +273,24 @@ class Chained:
             rows = Rows(done, window.end).within(member.height)
             if m < len(self.between):
                 self._prepare(once, m, n, fresh_start)
-            if not rows.count:
+            if not rows.length:
                 continue
             x_row = rows.begin * member.walks[0].stride
-            x_shift = self._shift(self.between[m - 1].view, x_row - self.windows[n][m - 1].begin) if m else self._shift(self.x, x_row, image)
+            x_shift = (
+                self._shift(self.between[m - 1].view, x_row - self.windows[n][m - 1].begin)
+                if m
+                else self._shift(self.x, x_row, image)
+            )
             own = m < len(self.between)
-            y_shift = self._shift(self.between[m].view, rows.begin - window.begin) if own else self._shift(self.y, rows.begin, image)
+            y_shift = (
+                self._shift(self.between[m].view, rows.begin - window.begin)
+                if own
+                else self._shift(self.y, rows.begin, image)
+            )
             r_shift = 0 if member.residual is None else self._shift(member.residual, rows.begin, image)
-            once((m, "rows", rows.count), lambda m=m, count=rows.count: self._group(m, count), x_shift, y_shift, r_shift)
+            once(
+                (m, "rows", rows.length), lambda m=m, count=rows.length: self._group(m, count), x_shift, y_shift, r_shift
+            )
         return placed
 
     @staticmethod
@@ -284,12 +309,12 @@ class Chained:
             kept = before.end - window.begin
             if kept > 0:
                 key = (m, "keep", window.begin - before.begin, kept)
-                once(key, lambda: self._keep(between, *key[2:]))  # type: ignore[misc]
+                once(key, lambda: self._keep(between, *key[2:]))
             zeros = [Rows(max(z.begin, before.end), z.end) for z in zeros]
         for z in zeros:
-            if z.count:
-                key = (m, "zeros", z.begin - window.begin, z.count)
-                view = between.bytes(z.begin - window.begin, z.count)
+            if z.length:
+                key = (m, "zeros", z.begin - window.begin, z.length)
+                view = between.bytes(z.begin - window.begin, z.length)
                 once(key, lambda view=view: self._zero(view, 1, 0, np.array([[0, *view.shape]]), view.offset))
 
     def _zero(self, view: View, images: int, image: int, ranges: Any, offset: int = 0) -> None:
@@ -305,7 +330,9 @@ class Chained:
         down, across = member.walks
         x = self.x if m == 0 else self.between[m - 1].view
         y = self.y if m == len(self.members) - 1 else self.between[m].view
-        views = [None if v is None else _rows(v, n) for v, n in ((x, x.shape[_ROWS]), (y, count), (member.residual, count))]
+        views = [
+            None if v is None else _rows(v, n) for v, n in ((x, x.shape[_ROWS]), (y, count), (member.residual, count))
+        ]
         assert views[0] is not None and views[1] is not None
         operands = groups.Operands(views[0], views[1], views[2])
         walk = Walk(count, down.stride, down.deltas, down.taps)

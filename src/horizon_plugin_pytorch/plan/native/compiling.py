@@ -23,8 +23,10 @@ from horizon_plugin_pytorch.plan.program import Plan
 
 _DEPTHS = (0, *bands.SIZES)
 _MOST_RUNS = 8
-_GAIN = 0.98
-"""Depth first has to be faster by so much: less is noise."""
+_WORTH = 1.02
+"""Depth first is taken where it is slower by less: it needs less memory, and suffers less from what runs beside it."""
+_CACHES = 48 << 20
+"""Bytes that push everything else out of the caches."""
 
 
 def compile_for(
@@ -65,19 +67,29 @@ def compile_for(
 
 
 def _depths(build: Callable[[Depth], NativeProgram], inputs: Sequence[Tensor], threads: int) -> list[int]:
-    """For each chain the number in `_DEPTHS` with which it is the fastest, each step timed where it stands in a run."""
+    """For each chain the number in `_DEPTHS` with which it is the fastest, each step timed where it stands in a run.
+
+    A run right after another finds its values in the caches, one after other work does not: what counts is the sum of both.
+    """
     flat = build(())
     chains = flat.lowered.chains
-    if not chains:
-        return []
-    programs = [flat, *(build([size] * len(chains)) for size in bands.SIZES)]
-    best = [[float("inf")] * len(flat.plan.steps) for _ in programs]
-    data, until = batches.random_like(inputs), time.monotonic() + tuning.BUDGET / 2
+    large = [c for c in chains if c.bytes > bands.SIZES[0]]  # what fits in a cache as a whole gains nothing
+    if not large:
+        return [0] * len(chains)
+    programs = [flat, *(build([size if c in large else 0 for c in chains]) for size in bands.SIZES)]
+    steps = len(flat.plan.steps)
+    best = [[[float("inf")] * steps for _ in ("cold", "warm")] for _ in programs]
+    data, other = batches.random_like(inputs), torch.empty(_CACHES, dtype=torch.uint8)
+    until = time.monotonic() + tuning.BUDGET / 2
     with torch.no_grad():
         for turn in range(_MOST_RUNS):
-            for n, program in enumerate(programs):
-                best[n] = list(map(min, best[n], program.profile(data, threads)))
+            for program, runs in zip(programs, best, strict=True):
+                tuning.work_elsewhere(other, threads)
+                runs[:] = [list(map(min, seconds, program.profile(data, threads))) for seconds in runs]
             if turn and time.monotonic() > until:
                 break
-    seconds = [[sum(steps[i] for i in chain) * (_GAIN if n == 0 else 1) for n, steps in enumerate(best)] for chain in chains]
-    return [each.index(min(each)) for each in seconds]
+
+    def seconds(chain: bands.Chain, n: int) -> float:
+        return sum(run[i] for run in best[n] for i in chain.steps) * (_WORTH if n == 0 else 1)
+
+    return [min(range(len(programs)), key=lambda n: seconds(c, n)) if c in large else 0 for c in chains]

@@ -108,10 +108,11 @@ class NativeProgram:
         self.slots = len(self.lowered.slots) + 2
         steps = [0, *(v.strides[0] * self.split.images if self.iterations > 1 else 0 for v in self.lowered.slots), 0]
         self.slot_step = (ctypes.c_int64 * self.slots)(*steps)
-        self._inputs = len(inputs)
-        self._imported = {
-            step.imported.buffer.slot for step in self.lowered.torch_steps if step.imported is not None
-        }  # slots of floats that PyTorch makes
+        in_torch = {step.imported.buffer.slot for step in self.lowered.torch_steps if step.imported is not None}
+        self._made = [
+            None if v.buffer.slot in in_torch else (self._of_all_images(v), tuple(s // v.item for s in v.strides))
+            for v in self.lowered.slots[len(inputs) :]
+        ]  # shapes and strides of floats that the kernels make
         self._states: deque[_State] = deque()
         for operation in self.lowered.builder.operations:
             for part in operation.parts():
@@ -133,16 +134,13 @@ class NativeProgram:
         """Uninitialized bytes: arenas, and then what each thread has of its own."""
         return Memory().empty(arenas * self.arena_bytes + threads * self.own_bytes + library.SLACK)
 
+    def _of_all_images(self, view: View) -> tuple[int, ...]:
+        return (self.images, *view.shape[1:]) if self.iterations > 1 else view.shape
+
     def _tensors(self, arena: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         """The tensors of all slots; None for those that PyTorch makes on the way."""
-        tensors: list[Tensor | None] = [arena, *inputs]
-        for slot, view in enumerate(self.lowered.slots[self._inputs :], start=self._inputs + 1):
-            made = None
-            if slot not in self._imported:
-                shape = (self.images, *view.shape[1:]) if self.iterations > 1 else view.shape
-                made = torch.empty_strided(shape, [s // view.item for s in view.strides], dtype=torch.float32)
-            tensors.append(made)
-        return tensors
+        made = [None if like is None else torch.empty_strided(*like, dtype=torch.float32) for like in self._made]
+        return [arena, *inputs, *made]
 
     def _pointers(self, tensors: Sequence[Tensor | None], own: int) -> Any:
         return (ctypes.c_void_p * self.slots)(*(None if t is None else t.data_ptr() for t in tensors), own)
@@ -189,9 +187,8 @@ class NativeProgram:
             if isinstance(segment, library.Program):
                 taken = None if seconds is None else (ctypes.c_double * segment.count)()
                 self._native(segment, pointers, threads, state, taken)
-                if seconds is not None:
-                    for operation, each in zip(self.lowered.builder.operations[done:], taken, strict=False):
-                        seconds[operation.step] += each
+                for operation, each in zip(self.lowered.builder.operations[done:], taken or (), strict=False):
+                    seconds[operation.step] += each  # type: ignore[index]
                 done += segment.count
             else:
                 start = time.perf_counter()

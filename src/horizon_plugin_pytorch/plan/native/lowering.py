@@ -31,7 +31,6 @@ from horizon_plugin_pytorch.plan.native.walks import halo
 from horizon_plugin_pytorch.plan.program import Const, Plan, Ref, Step, refs
 from horizon_plugin_pytorch.plan.steps import fill
 
-
 Depth = Sequence[int]
 """For each chain, see `bands.find`, how many bytes between its groups lie in memory at a time; 0: all, one group after the other."""
 
@@ -204,8 +203,8 @@ class Lowering:
         steps = self.plan.steps
         # Tensors that several values share, and one step changes, are PyTorch's: the arena has no such thing.
         shared = any(changed_elsewhere(self.plan, i) is not None for i in range(len(steps)))
-        ends = {} if shared else {chain[-1]: chain for chain, size in self.depth.items() if size}
-        within = {i for chain in ends.values() for i in chain[:-1]}
+        ends = {} if shared else {chain.steps[-1]: chain for chain, size in self.depth.items() if size}
+        within = {i for chain in ends.values() for i in chain.steps[:-1]}
         for i, step in enumerate(steps):
             self.builder.step = i
             meta = self.metas[self.value(i)]
@@ -327,14 +326,16 @@ class Lowering:
 
     def _chain(self, chain: Chain) -> View:
         """Groups that run in bands; `bands.find` takes those alone whose operands are integers in images."""
-        steps, metas = [self.plan.steps[i] for i in chain], [self.metas[self.value(i)] for i in chain]
+        steps, metas = [self.plan.steps[i] for i in chain.steps], [self.metas[self.value(i)] for i in chain.steps]
         source = steps[0].args[0]
-        x = self.operand(source, 1, self.ahead.halo(chain[0], 1, tuple(self.metas[source.value].shape[2:])))
-        residuals = [self._residual(step, 1, tuple(meta.shape)) for step, meta in zip(steps, metas, strict=True)]
-        y = self.new(self.value(chain[-1]), 1)
-        members = [bands.Member(*each) for each in zip(steps, (self.ahead.walks[i][0] for i in chain), metas, residuals)]
+        x = self.operand(source, 1, self.ahead.halo(chain.steps[0], 1, tuple(self.metas[source.value].shape[2:])))
         assert x is not None
-        self.builder.append(bands.Chained(self.builder, self.constants, members, x, y, self.depth[chain], self.threads).operation())
+        walks = [self.ahead.walks[i][0] for i in chain.steps]
+        residuals = [self._residual(step, 1, tuple(meta.shape)) for step, meta in zip(steps, metas, strict=True)]
+        members = [bands.Member(*each) for each in zip(steps, walks, metas, residuals, strict=True)]
+        y = self.new(self.value(chain.steps[-1]), 1)
+        chained = bands.Chained(self.builder, self.constants, members, x, y, self.depth[chain], self.threads)
+        self.builder.append(chained.operation())
         return y
 
     def _operator(self, i: int, step: Step) -> View | None:

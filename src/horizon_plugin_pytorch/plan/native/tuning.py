@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from horizon_plugin_pytorch.backends.cpu import library
 from horizon_plugin_pytorch.plan.native.bands import Bands
@@ -52,6 +53,24 @@ def apply(operation: Operation, way: Way) -> None:
     operation.params = operation.ways[which]
     params = operation.params
     params.rows, params.columns, params.by_channels, params.pixels_inside = rows, columns, by_channels, pixels_inside
+
+
+def work_elsewhere(memory: Tensor, threads: int) -> None:
+    """Copy one half of some bytes to the other, each thread its part: what was in the caches before is there no more."""
+    half = memory.numel() // 2
+    params = library.Elementwise()
+    params.size[:] = [1] * (library.DIMS - 1) + [half]
+    params.a.stride[-1] = params.out.stride[-1] = 1
+    params.b.ref.slot, params.out.ref.offset = -1, half
+    _time("copy", params, (ctypes.c_void_p * 1)(memory.data_ptr()), threads, 0, 1)
+
+
+def _time(kind: str, params: ctypes.Structure, pointers: Any, threads: int, isa: int, repeats: int) -> float:
+    """The least seconds of some runs."""
+    op = library.Op(library.KINDS[kind], 1, ctypes.addressof(params))
+    seconds = (ctypes.c_double * repeats)()
+    code = library.load().hz_time(ctypes.byref(op), pointers, threads, isa, repeats, seconds)
+    return min(seconds) if code == 0 else math.inf
 
 
 class Tuner:
@@ -120,10 +139,7 @@ class Tuner:
 
     def _seconds(self, operation: Operation, way: Way, pointers: Any, repeats: int) -> float:
         apply(operation, way)
-        op = library.Op(library.KINDS[operation.kind], 1, ctypes.addressof(operation.params))
-        seconds = (ctypes.c_double * repeats)()
-        code = library.load().hz_time(ctypes.byref(op), pointers, self.threads, self.isa, repeats, seconds)
-        return min(seconds) if code == 0 else float("inf")
+        return _time(operation.kind, operation.params, pointers, self.threads, self.isa, repeats)
 
     def _key(self, operation: Operation) -> str:
         p = operation.ways[0]
