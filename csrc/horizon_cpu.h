@@ -93,7 +93,7 @@ typedef struct {
   const int32_t *weight_sum; // [channels padded] sum of a channel's weights
   hz_epilogue epilogue;
   // How to do it; every choice gives the same result.
-  int32_t rows;            // tiles of 16 pixels per block (AMX), 1..4; pixels per block on other instruction sets; 0: default
+  int32_t rows;            // pixels per block; AMX: up to 4 these are tiles of 16 pixels; 0: default
   int32_t columns;         // tiles of 16 channels per block, 1..4; 0: default
   int32_t by_channels;     // 1: threads share the output channels, 0: the pixels
   int32_t pixels_inside;   // 1: for each block of channels, all pixels; 0: for each few blocks of pixels, all channels

@@ -119,11 +119,15 @@ void copy_tile(const hz_conv &c, const uint8_t *in, const int32_t *pixel, uint8_
   }
 }
 
+// More rows than tiles of pixels can be: as many pixels, by dot products in registers. Where sums are short, a tile is mostly empty,
+// and its results cost more on their way through memory than its products save.
+constexpr int MOST_ROWS = 4;
+
 void conv(const hz_conv &c, Slots slots, Part part) {
+  if (c.rows > MOST_ROWS) return avx512_conv(c, slots, part);
   const int tiles = (c.channels + 15) / 16;
   int n = c.block_offset ? 1 : std::min({c.columns > 0 ? c.columns : 4, 4, tiles}), r = c.rows > 0 ? c.rows : 1;
   const auto choose = c.in.dtype == HZ_S8 ? products_of<true> : products_of<false>;
-  r = std::min(r, 4);
   while (r > 1 && !choose(r, n)) --r;
 
   int64_t first = 0, last = c.tiles * c.images, column0 = 0, column1 = (tiles + n - 1) / n;

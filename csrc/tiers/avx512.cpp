@@ -115,7 +115,9 @@ Kernel kernel_for(const hz_conv &c, int p, int n) {
 
 constexpr int64_t chunk_bytes = 1 << 16; // of the output: with its input this stays in the second-level cache
 
-void conv(const hz_conv &c, Slots slots, Part part) {
+} // namespace
+
+void avx512_conv(const hz_conv &c, Slots slots, Part part) {
   const int tiles = (c.channels + 15) / 16;
   int n = c.block_offset ? 1 : std::min({c.columns > 0 ? c.columns : 4, 4, tiles});
   static constexpr int largest[] = {0, 14, 14, 8, 6};
@@ -153,6 +155,8 @@ void conv(const hz_conv &c, Slots slots, Part part) {
         (s.tile + n <= tiles ? whole : rest)(s, blocks);
       }
 }
+
+namespace {
 
 // ---- depthwise -----------------------------------------------------------------------------------------------------------
 
@@ -425,6 +429,6 @@ void avx512_depthwise(const hz_depthwise &d, Slots slots, Part part) {
   }
 }
 
-const Tier avx512_tier = {conv, avx512_depthwise, elementwise, max_pool, avg_pool, upsample, nullptr, nullptr};
+const Tier avx512_tier = {avx512_conv, avx512_depthwise, elementwise, max_pool, avg_pool, upsample, nullptr, nullptr};
 
 } // namespace horizon

@@ -4,5 +4,6 @@
 #include "../tier.hpp"
 
 namespace horizon {
+void avx512_conv(const hz_conv &, Slots, Part);
 void avx512_depthwise(const hz_depthwise &, Slots, Part);
 } // namespace horizon

@@ -28,17 +28,27 @@ from horizon_plugin_pytorch.plan.native.program import Operation
 Way = tuple[int, int, int, int, int]
 """Which of the operation's structures, then rows, columns, by_channels, pixels_inside."""
 
-FORMAT = 2
+FORMAT = 3
 BUDGET = 1.5
 """Seconds of measuring for one shape of inputs; operations that come after them keep the way that is usually good."""
 
-# Pixels per block (tiles of 16 for AMX) and tiles of 16 channels per block, per instruction set.
+_VNNI = ((6, 4), (8, 3), (14, 2), (7, 2), (14, 1))
+# Pixels per block (AMX: tiles of 16, and what is there without tiles) and tiles of 16 channels per block, per instruction set.
 _BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {
-    "amx": ((1, 4), (2, 2), (4, 1), (1, 3), (1, 2), (2, 1)),
-    "avx512_vnni": ((6, 4), (8, 3), (14, 2), (7, 2), (14, 1)),
+    "amx": ((1, 4), (2, 2), (4, 1), (1, 3), (1, 2), (2, 1), *_VNNI),
+    "avx512_vnni": _VNNI,
     "avx2": ((0, 0), (1, 0), (2, 0), (3, 0), (4, 0)),
     "portable": ((0, 0),),
 }
+
+
+_SHORT = 12
+"""Groups of four bytes along a sum that leave a tile of 16 so empty that dot products may be faster."""
+
+
+def _sum(params: library.Conv) -> int:
+    """Groups of four bytes along the sum of a convolution."""
+    return int(np.ctypeslib.as_array(ctypes.cast(params.used, ctypes.POINTER(ctypes.c_uint8)), (params.steps,)).sum())
 
 
 def usual(params: library.Conv) -> Way:
@@ -109,15 +119,13 @@ class Tuner:
 
     def _blocks(self, operation: Operation) -> list[Way]:
         """The sizes of blocks that the kernels have, and that the convolution's channels fill."""
-        start = usual(operation.ways[0])
-        tiles = -(-operation.ways[0].channels // library.TILE)
-        widest = 1 if operation.ways[0].block_offset else tiles
-        return [start] + [
-            (which, rows, columns, *start[3:])
-            for which in range(len(operation.ways))
-            for rows, columns in _BLOCKS[library.ISAS[self.isa]]
-            if columns <= widest
-        ]
+        start, first = usual(operation.ways[0]), operation.ways[0]
+        tiles = -(-first.channels // library.TILE)
+        widest = 1 if first.block_offset else tiles
+        blocks = [block for block in _BLOCKS[library.ISAS[self.isa]] if block[1] <= widest]
+        if library.ISAS[self.isa] == "amx" and _sum(first) > _SHORT:
+            blocks = [block for block in blocks if block not in _VNNI]
+        return [start] + [(which, *block, *start[3:]) for which in range(len(operation.ways)) for block in blocks]
 
     def _splits(self, way: Way) -> list[Way]:
         """What else can be chosen for a size of blocks: how threads share the work, and the order."""
@@ -143,10 +151,9 @@ class Tuner:
 
     def _key(self, operation: Operation) -> str:
         p = operation.ways[0]
-        used = np.ctypeslib.as_array(ctypes.cast(p.used, ctypes.POINTER(ctypes.c_uint8)), (p.steps,))
         pitch = np.ctypeslib.as_array(ctypes.cast(p.pitch, ctypes.POINTER(ctypes.c_int32)), (p.tiles,))
         what = (
-            p.images, p.pixels, int(pitch.max()), int((pitch == 0).sum()), p.in_image, p.out_image, p.channels, p.steps, int(used.sum()),
+            p.images, p.pixels, int(pitch.max()), int((pitch == 0).sum()), p.in_image, p.out_image, p.channels, p.steps, _sum(p),
             bool(p.block_offset), p.in_.dtype, p.out.dtype, p.res.dtype if p.res.slot >= 0 else -1, p.epilogue.activation, len(operation.ways),
         )  # fmt: skip
         return f"{library.ISAS[self.isa]} {self.threads} " + " ".join(str(int(w)) for w in what)
