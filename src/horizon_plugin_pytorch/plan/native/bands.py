@@ -289,7 +289,11 @@ class Chained:
             )
             r_shift = 0 if member.residual is None else self._shift(member.residual, rows.begin, image)
             once(
-                (m, "rows", rows.length), lambda m=m, count=rows.length: self._group(m, count), x_shift, y_shift, r_shift
+                (m, "rows", rows.length),
+                lambda m=m, count=rows.length: self._group(m, count),
+                x_shift,
+                y_shift,
+                r_shift,
             )
         return placed
 

@@ -20,7 +20,7 @@ from horizon_plugin_pytorch.plan.native.shapes import call_of
 from horizon_plugin_pytorch.plan.program import Plan, PlanError, Step, refs
 
 _PARTS = (1, 4)
-_MOST_RUNS, _LEAST_SECONDS = 3, 0.2  # of one way to cut a batch
+_MOST_RUNS, _LEAST_SECONDS = 3, 0.1  # of one way to cut a batch
 _KEEP_FIRST = frozenset(
     "relu dropout dropout1d dropout2d dropout3d contiguous clone detach pixel_shuffle pixel_unshuffle channel_shuffle".split()
 )
@@ -123,24 +123,20 @@ def splits(images: int, threads: int) -> list[Split]:
     return [*found, Split(images, False)]
 
 
-def choose(
-    candidates: Sequence[Split], build: Callable[[Split], Any], inputs: Sequence[Tensor], threads: int, until: float
-) -> Split:
-    """The split whose program runs the fastest on random data; no new one is tried after `until`."""
+def choose(candidates: Sequence[Split], seconds: Callable[[Split], float], until: float) -> Split:
+    """The split that takes the fewest `seconds`; no new one is tried after `until`."""
     best: tuple[float, Split] | None = None
-    data = random_like(inputs)
     for split in candidates:
         if best is not None and time.monotonic() > until:
             break
         try:
-            program = build(split)
+            taken = seconds(split)
         except PlanError:
             if split is candidates[-1]:
                 raise
             continue  # a size that the model has as a constant
-        seconds = _seconds(lambda: program(data, threads))  # noqa: B023
-        if best is None or seconds < best[0]:
-            best = seconds, split
+        if best is None or taken < best[0]:
+            best = taken, split
     assert best is not None
     return best[1]
 
@@ -150,13 +146,14 @@ def random_like(inputs: Sequence[Tensor]) -> list[Tensor]:
     return [torch.randn_like(x) if x.is_floating_point() else x for x in inputs]
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    """The fastest of a few runs: the first ones of a program touch memory for the first time."""
-    run()
+def seconds(program: Callable[[Sequence[Tensor], int], Any], inputs: Sequence[Tensor], threads: int) -> float:
+    """The fastest of a few runs on data like `inputs`: the first ones of a program touch memory for the first time."""
+    data = random_like(inputs)
+    program(data, threads)
     taken: list[float] = []
     while len(taken) < _MOST_RUNS and sum(taken) < _LEAST_SECONDS:
         start = time.perf_counter()
-        run()
+        program(data, threads)
         taken.append(time.perf_counter() - start)
     return min(taken)
 

@@ -22,7 +22,9 @@ from horizon_plugin_pytorch.plan.native.tuning import Tuner
 from horizon_plugin_pytorch.plan.program import Plan
 
 _DEPTHS = (0, *bands.SIZES)
-_MOST_RUNS = 8
+_SPLITTING, _DEEPENING = 0.5, 0.8
+"""Shares of the time after which these choices find the kernels that have not been measured as they usually are."""
+_MOST_RUNS, _LEAST_SECONDS = 8, 0.3
 _WORTH = 1.02
 """Depth first is taken where it is slower by less: it needs less memory, and suffers less from what runs beside it."""
 _CACHES = 48 << 20
@@ -33,15 +35,16 @@ def compile_for(
     plan: Plan, constants: Constants, inputs: Sequence[Tensor], isa: int, threads: int, cache: tuning.Cache
 ) -> NativeProgram:
     """The program for inputs of this shape and layout that measures fastest, as far as measurements go in their time."""
+    start = time.monotonic()
     key = batches.key(plan, library.ISAS[isa], threads, inputs)
-
-    def build(
-        split: Split, seconds: float = tuning.BUDGET, depth: Depth = (), inputs: Sequence[Tensor] = inputs
-    ) -> NativeProgram:
-        tuner = Tuner(isa, 1 if split.apart else threads, cache, time.monotonic() + seconds)
-        return NativeProgram(plan, constants, inputs, isa, tuner, split, threads, depth)
-
     images = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
+
+    def build(split: Split, share: float, some: int = images, depth: Depth = ()) -> NativeProgram:
+        """For the first images; kernels are measured as long as less than this share of the time is spent."""
+        tuner = Tuner(isa, 1 if split.apart else threads, cache, start + share * tuning.BUDGET)
+        part = inputs if some == images else [x[:some] for x in inputs]
+        return NativeProgram(plan, constants, part, isa, tuner, split, threads, depth)
+
     candidates = batches.splits(images, threads)
     if len(candidates) > 1 and not batches.separable(
         plan, infer(plan, [(tuple(x.shape), x.dtype) for x in inputs]), images
@@ -50,18 +53,24 @@ def compile_for(
     known = cache.get(f"batch {key}", (images + 1, 2))
     split = candidates[-1] if known is None else Split(known[0], bool(known[1]))
     if len(candidates) > 1 and (known is None or split not in candidates):
-        share = tuning.BUDGET / len(candidates)
-        until = time.monotonic() + 2 * tuning.BUDGET
-        split = batches.choose(candidates, lambda s: build(s, share), inputs, threads, until)
+
+        def seconds(split: Split) -> float:
+            some = min(images, split.images * (threads if split.apart else 1))
+            share = _SPLITTING * (candidates.index(split) + 1) / len(candidates)
+            return batches.seconds(build(split, share, some), [x[:some] for x in inputs], threads) * images / some
+
+        split = batches.choose(candidates, seconds, start + tuning.BUDGET)
         cache.put(f"batch {key}", (split.images, int(split.apart)))
 
     key = f"depth {split.images} {int(split.apart)} {key}"
     depth = cache.get(key, len(_DEPTHS))
     if depth is None:
         part = [x[: split.images] for x in inputs]
-        depth = _depths(lambda depth: build(split, tuning.BUDGET / 2, depth, part), part, 1 if split.apart else threads)
+        depth = _depths(
+            lambda depth: build(split, _DEEPENING, split.images, depth), part, 1 if split.apart else threads
+        )
         cache.put(key, depth)
-    program = build(split, depth=[_DEPTHS[n] for n in depth])
+    program = build(split, 1, depth=[_DEPTHS[n] for n in depth])
     cache.write()
     return program
 
@@ -80,7 +89,7 @@ def _depths(build: Callable[[Depth], NativeProgram], inputs: Sequence[Tensor], t
     steps = len(flat.plan.steps)
     best = [[[float("inf")] * steps for _ in ("cold", "warm")] for _ in programs]
     data, other = batches.random_like(inputs), torch.empty(_CACHES, dtype=torch.uint8)
-    until = time.monotonic() + tuning.BUDGET / 2
+    until = time.monotonic() + _LEAST_SECONDS
     with torch.no_grad():
         for turn in range(_MOST_RUNS):
             for program, runs in zip(programs, best, strict=True):
