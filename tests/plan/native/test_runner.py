@@ -18,7 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 import horizon_plugin_pytorch as horizon
 from horizon_plugin_pytorch.backends.cpu import library
+from horizon_plugin_pytorch.nn.quantized.group import Geometry
 from horizon_plugin_pytorch.plan import Plan, PlanError
+from horizon_plugin_pytorch.plan.runner import Runner
 from plan.native import plans
 from quantization.programs import PROGRAMS
 
@@ -124,6 +126,36 @@ def test_inputs_that_do_not_fit(recorded: tuple[Plan, Tensor]) -> None:
             runner(wrong)
     with pytest.raises(PlanError, match="meta"):
         runner(torch.zeros(1, 3, 32, 32, device="meta"))
+
+
+@needs_library
+def test_a_call_after_one_like_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its inputs are not looked at again; those of any other call are."""
+    torch.manual_seed(0)
+    made = plans.Maker(x=(2, 3, 12, 12))
+    weight = torch.randint(-127, 128, (5, 3, 3, 3), dtype=torch.int8)
+    geometry = Geometry(2, False, (3, 3), (1, 1), (1, 1), (1, 1), (0, 0))
+    plan = made.plan(made.group(made.quantize(0, "int8"), geometry, weight, dtype=None))
+    runner, reference = plan.compile("cpu"), plan.compile("reference")
+    x = plans.integers((2, 3, 12, 12), "int8")
+    expected, of_negative = reference(x), reference(-x)
+    assert plans.differing(expected, runner(x)) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(Runner, "_bind", None)
+        assert plans.differing(of_negative, runner(-x)) == 0
+        assert plans.differing(expected, runner(x.requires_grad_())) == 0
+        assert not runner(x).requires_grad
+    x = x.detach()
+    for wrong in (x.double(), x[0], x.to("meta"), None):
+        with pytest.raises(PlanError):
+            runner(wrong)
+    with pytest.raises(PlanError, match="takes x"):
+        runner(x, x)
+    with pytest.raises(PlanError, match="NaN"):
+        runner(x / 0)
+    for like in (x[:1], x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3), x):
+        assert plans.differing(reference(like), runner(like)) == 0
+    assert plans.differing(expected, runner(x=x)) == 0
 
 
 @needs_library
