@@ -275,31 +275,16 @@ class Chained:
                 self._prepare(once, m, n, fresh_start)
             if not rows.length:
                 continue
-            x_row = rows.begin * member.walks[0].stride
-            x_shift = (
-                self._shift(self.between[m - 1].view, x_row - self.windows[n][m - 1].begin)
-                if m
-                else self._shift(self.x, x_row, image)
+            x, x_row = (self.between[m - 1].view, self.windows[n][m - 1].begin) if m else (self.x, 0)
+            y, y_row = (self.between[m].view, window.begin) if m < len(self.between) else (self.y, 0)
+            shifts = (
+                _shift(x, rows.begin * member.walks[0].stride - x_row, image),
+                _shift(y, rows.begin - y_row, image),
+                _shift(member.residual, rows.begin, image),
             )
-            own = m < len(self.between)
-            y_shift = (
-                self._shift(self.between[m].view, rows.begin - window.begin)
-                if own
-                else self._shift(self.y, rows.begin, image)
-            )
-            r_shift = 0 if member.residual is None else self._shift(member.residual, rows.begin, image)
-            once(
-                (m, "rows", rows.length),
-                lambda m=m, count=rows.length: self._group(m, count),
-                x_shift,
-                y_shift,
-                r_shift,
-            )
+            emit = lambda member=member, x=x, y=y, count=rows.length: self._group(member, x, y, count)  # noqa: E731
+            once((m, "rows", rows.length), emit, *shifts)
         return placed
-
-    @staticmethod
-    def _shift(view: View, row: int, image: int = 0) -> int:
-        return row * view.strides[_ROWS] + image * view.strides[0]
 
     def _prepare(self, once: Any, m: int, n: int, fresh_start: bool) -> None:
         """Zeros around the rows between two members, and those that the band before has made."""
@@ -328,21 +313,22 @@ class Chained:
     def _keep(self, between: Between, first: int, count: int) -> None:
         elementwise.emit(self.builder, "copy", between.bytes(0, count), between.bytes(first, count), barrier=False)
 
-    def _group(self, m: int, count: int) -> None:
+    def _group(self, member: Member, x: View, y: View, count: int) -> None:
         """A member's operation for so many rows, the first ones of everything."""
-        member = self.members[m]
         down, across = member.walks
-        x = self.x if m == 0 else self.between[m - 1].view
-        y = self.y if m == len(self.members) - 1 else self.between[m].view
-        views = [
-            None if v is None else _rows(v, n) for v, n in ((x, x.shape[_ROWS]), (y, count), (member.residual, count))
-        ]
-        assert views[0] is not None and views[1] is not None
-        operands = groups.Operands(views[0], views[1], views[2])
-        walk = Walk(count, down.stride, down.deltas, down.taps)
-        groups.emit(self.builder, self.constants, member.step, (walk, across), operands, barrier=False)
+        residual = None if member.residual is None else _rows(member.residual, count)
+        operands = groups.Operands(_rows(x, x.shape[_ROWS]), _rows(y, count), residual)
+        walks = (Walk(count, down.stride, down.deltas, down.taps), across)
+        groups.emit(self.builder, self.constants, member.step, walks, operands, barrier=False)
 
 
 def _rows(view: View, count: int) -> View:
     """The first rows of the first image."""
     return view.reshaped((1, view.shape[1], count, view.shape[3]), view.strides)
+
+
+def _shift(view: View | None, row: int, image: int) -> int:
+    """Bytes to a row; what holds one image holds it for all in turn."""
+    if view is None:
+        return 0
+    return row * view.strides[_ROWS] + (image * view.strides[0] if view.shape[0] > 1 else 0)
