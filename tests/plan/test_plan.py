@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchvision.ops import stochastic_depth
 
 import horizon_plugin_pytorch as horizon
 from horizon_plugin_pytorch.plan import Plan, PlanError, load, record
@@ -149,6 +150,23 @@ def test_what_cannot_be_recorded() -> None:
     model, x = network()
     with pytest.raises(PlanError, match="training mode"):
         record(copy.deepcopy(model).train(), x)
+
+
+def test_stochastic_depth_as_a_function_hands_its_input_on() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + stochastic_depth(self.conv(x), 0.5, "row", self.training)
+
+    x = torch.randn(2, 3, 8, 8)
+    model = horizon.quantize(Deep().eval(), [x], progress=False)
+    plan = record(model, x)
+    assert not any("stochastic" in step.name for step in plan.steps)
+    y = torch.randn(2, 3, 8, 8)
+    assert torch.equal(plan.compile("reference")(y), model(y))
 
 
 def rewrite(source: Path, target: Path, change: object) -> None:

@@ -291,6 +291,11 @@ class _Recorder(fx.Interpreter):
         elif getattr(n.target, "__name__", "") == "dequantize":
             self.refs[n] = self._dequantized(n.args[0], args[0])  # type: ignore[arg-type]
             return
+        elif _name_of(n.target) == "torchvision.ops.stochastic_depth.stochastic_depth" and result is self.env.get(
+            n.args[0]
+        ):  # type: ignore[arg-type]
+            self.refs[n] = args[0]  # in eval mode it hands its input on
+            return
         else:
             target = NAMES.get(n.target, "")  # type: ignore[arg-type]
             known = bool(target)
@@ -322,6 +327,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _name_of(function: Any) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__name__', '')}"
 
 
 def _constant_names(arguments: Any) -> list[str]:
