@@ -192,7 +192,8 @@ class _Native:
             in_torch = "; ".join(f"{s.name} ({s.target or s.kind})" for s in steps) or "none"
             parts = f"{program.split.images} images at a time{', one part per thread' if program.split.apart else ''}"
             lines.append(
-                f"inputs {shapes}, {key[-1]} threads: {parts}, arena {program.arena_bytes / 1e6:.2f} MB, steps in PyTorch: {in_torch}"
+                f"inputs {shapes}, {key[-1]} threads: {parts}, {program.chains} chains of convolutions depth first, "
+                f"arena {program.arena_bytes / 1e6:.2f} MB, steps in PyTorch: {in_torch}"
             )
         return lines
 

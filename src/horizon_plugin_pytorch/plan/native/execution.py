@@ -149,6 +149,11 @@ class NativeProgram:
     def steps_in_torch(self) -> list[int]:
         return [step.index for step in self.lowered.torch_steps]
 
+    @property
+    def chains(self) -> int:
+        """How many chains of convolutions run depth first."""
+        return sum(isinstance(operation, Bands) for operation in self.lowered.builder.operations)
+
     def __call__(self, inputs: Sequence[Tensor], threads: int) -> Any:
         return self._with_state(inputs, threads, None)
 
