@@ -291,9 +291,7 @@ class _Recorder(fx.Interpreter):
         elif getattr(n.target, "__name__", "") == "dequantize":
             self.refs[n] = self._dequantized(n.args[0], args[0])  # type: ignore[arg-type]
             return
-        elif _name_of(n.target) == "torchvision.ops.stochastic_depth.stochastic_depth" and result is self.env.get(
-            n.args[0]
-        ):  # type: ignore[arg-type]
+        elif _name_of(n.target) == _STOCHASTIC_DEPTH and self._is(result, n.args[0]):
             self.refs[n] = args[0]  # in eval mode it hands its input on
             return
         else:
@@ -309,6 +307,9 @@ class _Recorder(fx.Interpreter):
             args, kwargs = self._arguments(n.args), self._arguments(n.kwargs)
             self.refs |= before
         self.refs[n] = self._add(Step("function", n.name, args, kwargs, target), result)
+
+    def _is(self, result: Any, operand: Any) -> bool:
+        return isinstance(operand, fx.Node) and self.env.get(operand) is result
 
     def _dequantized(self, node: fx.Node, ref: Any) -> Any:
         value = self.env.get(node)
@@ -327,6 +328,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+_STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth.stochastic_depth"
 
 
 def _name_of(function: Any) -> str:
