@@ -20,6 +20,25 @@ template <class F, int... I> HZ_INLINE inline void each_of(F &&f, std::integer_s
 // Calls f(0) ... f(N - 1) with constants, so that arrays of vectors become registers in the compiler's first passes already.
 template <int N, class F> HZ_INLINE inline void each(F &&f) { each_of(f, std::make_integer_sequence<int, N>()); }
 
+// The compiler must neither add the products of two steps before it adds them to the accumulators, nor put all of a step's products
+// first: both need more registers than there are.
+#define HZ_KEEP(v) __asm__("" : "+x"(v))
+
+HZ_INLINE inline __m256i load(const void *p) { return _mm256_load_si256(static_cast<const __m256i *>(p)); }
+HZ_INLINE inline void store(void *p, __m256i v) { _mm256_store_si256(static_cast<__m256i *>(p), v); }
+
+HZ_INLINE inline __m256i broadcast4(const void *p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return _mm256_set1_epi32(word);
+}
+
+// Sixteen bytes of a tensor in 16 bits each.
+template <bool SIGNED> HZ_INLINE inline __m256i words(const uint8_t *p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+  return SIGNED ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
+}
+
 // Sixteen output channels of an operation: what their accumulators start at, and where they go.
 struct Channels {
   __m256i start[2];

@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "../kernels/avx2_epilogue.hpp"
+#include "../kernels/avx2_winograd.hpp"
 #include "../kernels/elementwise.hpp"
 #include "../kernels/pool.hpp"
 #include "../kernels/upsample.hpp"
@@ -18,19 +19,6 @@
 
 namespace horizon {
 namespace {
-
-// The compiler must neither add the products of two steps before it adds them to the accumulators, nor put all of a step's products
-// first: both need more registers than there are.
-#define HZ_KEEP(v) __asm__("" : "+x"(v))
-
-HZ_INLINE inline __m256i load(const void *p) { return _mm256_load_si256(static_cast<const __m256i *>(p)); }
-HZ_INLINE inline void store(void *p, __m256i v) { _mm256_store_si256(static_cast<__m256i *>(p), v); }
-
-HZ_INLINE inline __m256i broadcast4(const uint8_t *p) {
-  int32_t word;
-  std::memcpy(&word, p, 4);
-  return _mm256_set1_epi32(word);
-}
 
 // ---- weights of a tile of 16 channels, sorted
 
@@ -193,6 +181,7 @@ struct Stretch {
 };
 
 void conv(const hz_conv &c, Slots slots, Part part) {
+  if (c.rows == HZ_WINOGRAD && c.plane) return winograd(c, slots, part);
   int64_t tile0 = 0, tile1 = (c.channels + 15) / 16, first = 0, last = c.images * c.pixels;
   if (c.by_channels)
     part.range(tile1, tile0, tile1);
@@ -237,11 +226,6 @@ void conv(const hz_conv &c, Slots slots, Part part) {
 }
 
 // ---- depthwise: 16 channels in words, two taps interleaved for vpmaddwd
-
-template <bool SIGNED> HZ_INLINE inline __m256i words(const uint8_t *p) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
-  return SIGNED ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
-}
 
 struct Taps {
   int pairs;               // of taps

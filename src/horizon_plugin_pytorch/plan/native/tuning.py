@@ -33,7 +33,7 @@ BUDGET = 1.5
 _BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {
     "amx": ((1, 4), (2, 2), (4, 1), (1, 3), (1, 2), (2, 1)),
     "avx512_vnni": ((6, 4), (8, 3), (14, 2), (7, 2), (14, 1)),
-    "avx2": ((0, 0), (1, 0), (2, 0), (3, 0), (4, 0)),
+    "avx2": ((0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (library.WINOGRAD, 0)),
     "portable": ((0, 0),),
 }
 
@@ -42,7 +42,7 @@ def usual(params: library.Conv) -> Way:
     """Threads share the channels where there are few pixels for many weights; what the kernels take for the rest."""
     weights = params.steps * library.STEP * params.channels
     few = params.images * params.tiles < 8 and weights > 2**16
-    return 0, 0, 0, int(few), 0
+    return 0, library.WINOGRAD if params.plane else 0, 0, int(few), 0
 
 
 def apply(operation: Operation, way: Way) -> None:
@@ -86,7 +86,7 @@ class Tuner:
             (which, rows, columns, *start[3:])
             for which in range(len(operation.ways))
             for rows, columns in _BLOCKS[library.ISAS[self.isa]]
-            if columns <= widest
+            if columns <= widest and (rows != library.WINOGRAD or operation.ways[which].plane)
         ]
 
     def _splits(self, way: Way) -> list[Way]:
@@ -120,7 +120,7 @@ class Tuner:
         pitch = np.ctypeslib.as_array(ctypes.cast(p.pitch, ctypes.POINTER(ctypes.c_int32)), (p.tiles,))
         what = (
             p.images, p.pixels, int(pitch.max()), int((pitch == 0).sum()), p.in_image, p.out_image, p.channels, p.steps, int(used.sum()),
-            bool(p.block_offset), p.in_.dtype, p.out.dtype, p.res.dtype if p.res.slot >= 0 else -1, p.epilogue.activation, len(operation.ways),
+            bool(p.block_offset), bool(p.plane), p.in_.dtype, p.out.dtype, p.res.dtype if p.res.slot >= 0 else -1, p.epilogue.activation, len(operation.ways),
         )  # fmt: skip
         return f"{library.ISAS[self.isa]} {self.threads} " + " ".join(str(int(w)) for w in what)
 
