@@ -151,17 +151,18 @@ template <int KERNEL> struct Winograd {
       in[p] = v + p * channels;
       lo[p] = hi[p] = _mm256_setzero_si256();
     });
-    const auto add = [](__m256i &sum, __m256i products) HZ_INLINE {
-      sum = _mm256_add_epi32(sum, products);
-      HZ_KEEP(sum);
+    const auto add = [](__m256i &sum, __m256i x, __m256i w) HZ_INLINE {
+      __m256i products, added = sum;
+      __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(added), "=&x"(products) : "x"(x), "x"(w));
+      sum = added;
     };
     for (int64_t k = 0; k < 4 * groups; k += 4, u += 64)
       each<2>([&](auto pair) HZ_INLINE {
         const __m256i w0 = load(u + 32 * pair), w1 = load(u + 32 * pair + 16);
         each<P>([&](auto p) HZ_INLINE {
           const __m256i x = broadcast4(in[p] + k + 2 * pair);
-          add(lo[p], _mm256_madd_epi16(x, w0));
-          add(hi[p], _mm256_madd_epi16(x, w1));
+          add(lo[p], x, w0);
+          add(hi[p], x, w1);
         });
       });
     each<P>([&](auto p) HZ_INLINE {
