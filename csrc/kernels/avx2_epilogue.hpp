@@ -20,9 +20,13 @@ template <class F, int... I> HZ_INLINE inline void each_of(F &&f, std::integer_s
 // Calls f(0) ... f(N - 1) with constants, so that arrays of vectors become registers in the compiler's first passes already.
 template <int N, class F> HZ_INLINE inline void each(F &&f) { each_of(f, std::make_integer_sequence<int, N>()); }
 
-// The compiler must neither add the products of two steps before it adds them to the accumulators, nor put all of a step's products
-// first: both need more registers than there are.
-#define HZ_KEEP(v) __asm__("" : "+x"(v))
+// Adds products to a sum. The compiler must neither add the products of two steps before it adds them to the accumulators, nor put all
+// of a step's products first: both need more registers than there are. (An array's element as the operand would be kept in memory.)
+HZ_INLINE inline void add(__m256i &sum, __m256i products) {
+  __m256i added = _mm256_add_epi32(sum, products);
+  __asm__("" : "+x"(added));
+  sum = added;
+}
 
 HZ_INLINE inline __m256i load(const void *p) { return _mm256_load_si256(static_cast<const __m256i *>(p)); }
 HZ_INLINE inline void store(void *p, __m256i v) { _mm256_store_si256(static_cast<__m256i *>(p), v); }

@@ -104,10 +104,6 @@ void block(const Sorted &s, const Channels &c, const uint8_t *const *in, uint8_t
     hi[p] = c.start[1];
   });
   const __m256i shift = _mm256_set1_epi8(char(0x80)), ones = _mm256_set1_epi16(1), low = _mm256_set1_epi16(0xff);
-  const auto add = [](__m256i &sum, __m256i products) HZ_INLINE {
-    sum = _mm256_add_epi32(sum, products);
-    HZ_KEEP(sum);
-  };
   each<pairings>([&](auto constant) HZ_INLINE {
     constexpr int pairing = decltype(constant)::value;
     const int8_t *w = s.weights[pairing];
@@ -244,10 +240,8 @@ HZ_INLINE inline void add_taps(const Taps &t, const uint8_t *in, int64_t pitch, 
       const __m256i w0 = load(w), w1 = load(w + 16);
       each<P>([&](auto p) HZ_INLINE {
         const __m256i x = words<SIGNED>(a + p * pitch), y = words<SIGNED>(b + p * pitch);
-        lo[p] = _mm256_add_epi32(lo[p], _mm256_madd_epi16(_mm256_unpacklo_epi16(x, y), w0));
-        hi[p] = _mm256_add_epi32(hi[p], _mm256_madd_epi16(_mm256_unpackhi_epi16(x, y), w1));
-        HZ_KEEP(lo[p]);
-        HZ_KEEP(hi[p]);
+        add(lo[p], _mm256_madd_epi16(_mm256_unpacklo_epi16(x, y), w0));
+        add(hi[p], _mm256_madd_epi16(_mm256_unpackhi_epi16(x, y), w1));
       });
     }
   } else {
@@ -259,10 +253,8 @@ HZ_INLINE inline void add_taps(const Taps &t, const uint8_t *in, int64_t pitch, 
         each<P>([&](auto p) HZ_INLINE {
           constexpr int tap = decltype(column)::value - decltype(p)::value;
           if constexpr (tap >= 0 && tap < COLUMNS) {
-            lo[p] = _mm256_add_epi32(lo[p], _mm256_madd_epi16(low, load(w + 32 * tap)));
-            hi[p] = _mm256_add_epi32(hi[p], _mm256_madd_epi16(high, load(w + 32 * tap + 16)));
-            HZ_KEEP(lo[p]);
-            HZ_KEEP(hi[p]);
+            add(lo[p], _mm256_madd_epi16(low, load(w + 32 * tap)));
+            add(hi[p], _mm256_madd_epi16(high, load(w + 32 * tap + 16)));
           }
         });
       });
