@@ -74,8 +74,8 @@ HZ_INLINE inline void both_ways(const __m256i (&x)[FROM][FROM], __m256i (&y)[TO]
 template <int KERNEL> struct Winograd {
   static constexpr int inputs = KERNEL + 1, positions = inputs * inputs, most_patches = 24;
 
-  // The weights of a tile of 16 output channels: [positions][pairs of input channels][16][2].
-  static void transform_weights(const hz_conv &c, int64_t tile, int16_t *u) {
+  // The weights of a tile of 16 output channels: [positions][pairs of input channels][16][2], positions so many words apart.
+  static void transform_weights(const hz_conv &c, int64_t tile, int64_t apart, int16_t *u) {
     const int64_t groups = (c.plane->channels + 3) / 4, steps = (c.plane->channels + 63) / 64;
     const bool runs = c.steps < KERNEL * KERNEL * steps; // the taps of a kernel row lie in one run of bytes
     const int64_t row = c.steps / KERNEL * 16, tap = runs ? groups : 16 * steps;
@@ -95,7 +95,7 @@ template <int KERNEL> struct Winograd {
           __m256i y[inputs][inputs];
           both_ways(x, y, Minimal<KERNEL>::weights);
           each<inputs>([&](auto i) HZ_INLINE {
-            each<inputs>([&](auto j) HZ_INLINE { store(u + ((i * inputs + j) * 2 * groups + pair) * 32 + 16 * half, y[i][j]); });
+            each<inputs>([&](auto j) HZ_INLINE { store(u + (i * inputs + j) * apart + pair * 32 + 16 * half, y[i][j]); });
           });
         };
         put(first, 2 * g);
@@ -215,13 +215,14 @@ template <int KERNEL> struct Winograd {
     constexpr int64_t room_for_weights = 512 << 10, room_for_inputs = 256 << 10;
     constexpr int most_tiles = 64;
     const int64_t groups = (plane.channels + 3) / 4, channels = (plane.channels + 15) / 16 * 16;
-    const int64_t weights = positions * groups * 64; // of a tile, in words
+    // Words from a position to the next: an odd number of lines, so that they do not share one place in the cache.
+    const int64_t weights_apart = 64 * groups + 32, weights = positions * weights_apart;
     const int64_t at_a_time = std::min<int64_t>({std::max<int64_t>(room_for_weights / (2 * weights), 1), most_tiles, tile1 - tile0});
     const int64_t patches = std::clamp<int64_t>(room_for_inputs / (2 * positions * channels), 6, most_patches);
-    const int64_t apart = patches * channels + 32; // words from a position to the next: not a power of two
-    uint8_t *const memory = scratch(2 * at_a_time * weights + 2 * positions * apart + 4 * patches * positions * 16);
+    const int64_t inputs_apart = (patches * channels + 31) / 64 * 64 + 32;
+    uint8_t *const memory = scratch(2 * at_a_time * weights + 2 * positions * inputs_apart + 4 * patches * positions * 16);
     int16_t *const u = reinterpret_cast<int16_t *>(memory), *const v = u + at_a_time * weights;
-    int32_t *const m = reinterpret_cast<int32_t *>(v + positions * apart);
+    int32_t *const m = reinterpret_cast<int32_t *>(v + positions * inputs_apart);
 
     const auto inputs_of = c.in.dtype == HZ_S8 ? transform_inputs<true> : transform_inputs<false>;
     Channels output[most_tiles];
@@ -229,20 +230,21 @@ template <int KERNEL> struct Winograd {
     for (int64_t begin = tile0; begin < tile1; begin += at_a_time) {
       const int tiles = int(std::min(at_a_time, tile1 - begin));
       for (int t = 0; t < tiles; ++t) {
-        transform_weights(c, begin + t, u + t * weights);
+        transform_weights(c, begin + t, weights_apart, u + t * weights);
         output[t] = channels_of(c.epilogue, nullptr, c.out.dtype, c.res, 16 * (begin + t), c.channels);
       }
       for (int64_t f = first; f < last; f += patches) {
         const int count = int(std::min(patches, last - f)), parts = (count + 5) / 6;
-        for (int i = 0; i < count; ++i) {
+        for (int i = 0; i < count && (count < last - first || begin == tile0); ++i) { // once where they are all
           locate(c, slots, f + i, patch[i]);
-          inputs_of(patch[i], channels, apart, v + i * channels);
+          inputs_of(patch[i], channels, inputs_apart, v + i * channels);
         }
         for (int t = 0; t < tiles; ++t) {
           for (int position = 0; position < positions; ++position)
             for (int i = 0; i < parts; ++i) { // of even sizes
               const int at = count * i / parts, end = count * (i + 1) / parts;
-              multiply_some(end - at, v + position * apart + at * channels, channels, u + t * weights + position * groups * 64, groups,
+              multiply_some(end - at, v + position * inputs_apart + at * channels, channels,
+                            u + t * weights + position * weights_apart, groups,
                             m + (at * positions + position) * 16);
             }
           for (int i = 0; i < count; ++i) transform_outputs(m + i * positions * 16, output[t], patch[i]);
