@@ -38,57 +38,70 @@ struct Sorted {
   const int8_t *weights[kinds]; // [16 channels][4], paired; wide: [16 channels][bytes 0 and 2], then [..][1 and 3], in 16 bits
 };
 
-// Memory for the sorted weights of a tile. Any kind has room for all groups, of which most stays untouched.
-constexpr int64_t kind_bytes(int64_t groups) { return groups * 64 + (groups * 4 + 63) / 64 * 64; }
-constexpr int64_t sorted_bytes(int64_t groups) { return kinds * kind_bytes(groups) + groups * 64; }
+// Memory for the sorted weights of a tile: what they are multiplied with and where they come from, for any kind of all groups; then the
+// weights, at most all of them wide.
+constexpr int64_t places_bytes(int64_t groups) { return (groups * 4 + 63) / 64 * 64; }
+constexpr int64_t sorted_bytes(int64_t groups) { return 2 * kinds * places_bytes(groups) + groups * 128; }
 
-// Whether two products of these weights, 8 channels each, fit in 16 bits.
-HZ_INLINE inline bool fit(__m256i w0, __m256i w1) {
-  const __m256i ones = _mm256_set1_epi8(1), most = _mm256_set1_epi16(128);
-  const __m256i over0 = _mm256_cmpgt_epi16(_mm256_abs_epi16(_mm256_maddubs_epi16(ones, w0)), most);
-  const __m256i over1 = _mm256_cmpgt_epi16(_mm256_abs_epi16(_mm256_maddubs_epi16(ones, w1)), most);
-  const __m256i over = _mm256_or_si256(over0, over1);
-  return _mm256_testz_si256(over, over) != 0;
+// 1 if a sum of two weights of these, 8 channels each, is too large: their products might not fit in 16 bits.
+HZ_INLINE inline int unfit(__m256i w0, __m256i w1) {
+  const __m256i ones = _mm256_set1_epi8(1);
+  const __m256i sum0 = _mm256_abs_epi16(_mm256_maddubs_epi16(ones, w0)), sum1 = _mm256_abs_epi16(_mm256_maddubs_epi16(ones, w1));
+  const __m256i over = _mm256_cmpgt_epi16(_mm256_max_epi16(sum0, sum1), _mm256_set1_epi16(128));
+  return !_mm256_testz_si256(over, over);
 }
 
-inline int kind_of(__m256i w0, __m256i w1) {
-  if (fit(w0, w1)) return 0;
-  if (fit(paired<1>(w0), paired<1>(w1))) return 1;
-  return fit(paired<2>(w0), paired<2>(w1)) ? 2 : wide;
+// The first kind that fits. All are tried, because which one it is cannot be foreseen.
+HZ_INLINE inline int kind_of(__m256i w0, __m256i w1) {
+  const int u0 = unfit(w0, w1), u1 = unfit(paired<1>(w0), paired<1>(w1)), u2 = unfit(paired<2>(w0), paired<2>(w1));
+  return u0 * (1 + u1 * (1 + u2));
+}
+
+// The groups' weights, one after the other, in their pairing.
+template <int PAIRING> uint8_t *copy(const int8_t *weights, const int32_t *from, int count, uint8_t *to) {
+  for (const int32_t *const end = from + count; from != end; ++from, to += 64) {
+    store(to, paired<PAIRING>(load(weights + *from)));
+    store(to + 32, paired<PAIRING>(load(weights + *from + 32)));
+  }
+  return to;
+}
+
+uint8_t *copy_wide(const int8_t *weights, const int32_t *from, int count, uint8_t *to) {
+  for (const int32_t *const end = from + count; from != end; ++from, to += 128) {
+    const __m256i w0 = load(weights + *from), w1 = load(weights + *from + 32);
+    store(to, _mm256_srai_epi16(_mm256_slli_epi16(w0, 8), 8));
+    store(to + 32, _mm256_srai_epi16(_mm256_slli_epi16(w1, 8), 8));
+    store(to + 64, _mm256_srai_epi16(w0, 8));
+    store(to + 96, _mm256_srai_epi16(w1, 8));
+  }
+  return to;
 }
 
 Sorted sort_weights(const hz_conv &c, int64_t tile, int64_t groups, uint8_t *memory) {
-  const int8_t *weights = c.weights + tile * c.steps * 1024;
+  const int8_t *const weights = c.weights + tile * c.steps * 1024;
   const int32_t offset = c.block_offset ? c.block_offset[tile] : 0;
   Sorted sorted;
-  uint8_t *to[kinds];
-  int32_t *place[kinds];
+  int32_t *at[kinds], *from[kinds];
   for (int n = 0; n < kinds; ++n) {
-    to[n] = memory + n * kind_bytes(groups);
-    place[n] = reinterpret_cast<int32_t *>(to[n] + groups * (n == wide ? 128 : 64));
-    sorted.at[n] = place[n];
-    sorted.weights[n] = reinterpret_cast<const int8_t *>(to[n]);
+    at[n] = reinterpret_cast<int32_t *>(memory + 2 * n * places_bytes(groups));
+    from[n] = reinterpret_cast<int32_t *>(memory + (2 * n + 1) * places_bytes(groups));
+    sorted.at[n] = at[n];
+    sorted.count[n] = 0;
   }
-  for (int k = 0; k < c.steps; ++k, weights += 1024) {
+  for (int k = 0; k < c.steps; ++k)
     for (int g = 0; g < c.used[k]; ++g) {
-      const __m256i w0 = load(weights + 64 * g), w1 = load(weights + 64 * g + 32);
-      const int n = kind_of(w0, w1);
-      uint8_t *const v = to[n];
-      *place[n]++ = offset + c.step[k] + 4 * g;
-      if (n == wide) {
-        store(v, _mm256_srai_epi16(_mm256_slli_epi16(w0, 8), 8));
-        store(v + 32, _mm256_srai_epi16(_mm256_slli_epi16(w1, 8), 8));
-        store(v + 64, _mm256_srai_epi16(w0, 8));
-        store(v + 96, _mm256_srai_epi16(w1, 8));
-        to[n] += 128;
-      } else {
-        store(v, n == 0 ? w0 : n == 1 ? paired<1>(w0) : paired<2>(w0));
-        store(v + 32, n == 0 ? w1 : n == 1 ? paired<1>(w1) : paired<2>(w1));
-        to[n] += 64;
-      }
+      const int32_t place = k * 1024 + g * 64;
+      const int n = kind_of(load(weights + place), load(weights + place + 32));
+      const int i = sorted.count[n]++;
+      at[n][i] = offset + c.step[k] + 4 * g;
+      from[n][i] = place;
     }
+  uint8_t *to = memory + 2 * kinds * places_bytes(groups);
+  for (int n = 0; n < kinds; ++n) {
+    sorted.weights[n] = reinterpret_cast<const int8_t *>(to);
+    const auto put = n == 0 ? copy<0> : n == 1 ? copy<1> : n == 2 ? copy<2> : copy_wide;
+    to = put(weights, from[n], sorted.count[n], to);
   }
-  for (int n = 0; n < kinds; ++n) sorted.count[n] = int(place[n] - sorted.at[n]);
   return sorted;
 }
 
