@@ -78,8 +78,9 @@ typedef struct {
   int32_t kernel;
 } hz_plane;
 
-// What hz_conv.rows is for Winograd's algorithm.
+// What hz_conv.rows is for other algorithms, on AVX2: Winograd's, where there is a plane; all products in 16 bits, where block_offset is NULL.
 #define HZ_WINOGRAD 32
+#define HZ_WORDS 33
 
 // A fused group: convolution of any dimensions, stride, dilation, groups, one phase of a transposed convolution, or Linear.
 //
@@ -107,8 +108,8 @@ typedef struct {
   hz_epilogue epilogue;
   const hz_plane *plane;   // the same once more, where it is one; its pixels are all those of the tables. Else NULL
   // How to do it; every choice gives the same result.
-  int32_t rows;            // tiles of 16 pixels per block (AMX), 1..4; pixels per block on other instruction sets; HZ_WINOGRAD (AVX2,
-                           // where there is a plane); 0: default
+  int32_t rows;            // tiles of 16 pixels per block (AMX), 1..4; pixels per block on other instruction sets; HZ_WINOGRAD,
+                           // HZ_WORDS; 0: default
   int32_t columns;         // tiles of 16 channels per block, 1..4; 0: default
   int32_t by_channels;     // 1: threads share the output channels, 0: the pixels
   int32_t pixels_inside;   // 1: for each block of channels, all pixels; 0: for each few blocks of pixels, all channels

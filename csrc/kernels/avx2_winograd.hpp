@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "avx2_epilogue.hpp"
+#include "avx2_words.hpp"
 
 namespace horizon {
 namespace {
@@ -80,15 +81,12 @@ template <int KERNEL> struct Winograd {
     const bool runs = c.steps < KERNEL * KERNEL * steps; // the taps of a kernel row lie in one run of bytes
     const int64_t row = c.steps / KERNEL * 16, tap = runs ? groups : 16 * steps;
     const int8_t *const weights = c.weights + tile * c.steps * 1024;
-    const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
     for (int64_t g = 0; g < groups; ++g)
       for (int half = 0; half < 2; ++half) {
         __m256i first[KERNEL][KERNEL], second[KERNEL][KERNEL]; // channels 0 and 1, 2 and 3 of the group
         each<KERNEL>([&](auto i) HZ_INLINE {
           each<KERNEL>([&](auto j) HZ_INLINE {
-            const __m256i w = _mm256_shuffle_epi8(load(weights + (i * row + j * tap + g) * 64 + 32 * half), order);
-            first[i][j] = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8);
-            second[i][j] = _mm256_srai_epi16(w, 8);
+            widen(load(weights + (i * row + j * tap + g) * 64 + 32 * half), first[i][j], second[i][j]);
           });
         });
         const auto put = [&](const __m256i(&x)[KERNEL][KERNEL], int64_t pair) HZ_INLINE {
@@ -145,26 +143,8 @@ template <int KERNEL> struct Winograd {
 
   // One position of P patches by 16 channels: m of a patch is [positions][16].
   template <int P> static void multiply(const int16_t *v, int64_t channels, const int16_t *u, int64_t groups, int32_t *m) {
-    const int16_t *in[P];
     __m256i lo[P], hi[P];
-    each<P>([&](auto p) HZ_INLINE {
-      in[p] = v + p * channels;
-      lo[p] = hi[p] = _mm256_setzero_si256();
-    });
-    const auto add = [](__m256i &sum, __m256i x, __m256i w) HZ_INLINE {
-      __m256i products, added = sum;
-      __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(added), "=&x"(products) : "x"(x), "x"(w));
-      sum = added;
-    };
-    for (int64_t k = 0; k < 4 * groups; k += 4, u += 64)
-      each<2>([&](auto pair) HZ_INLINE {
-        const __m256i w0 = load(u + 32 * pair), w1 = load(u + 32 * pair + 16);
-        each<P>([&](auto p) HZ_INLINE {
-          const __m256i x = broadcast4(in[p] + k + 2 * pair);
-          add(lo[p], x, w0);
-          add(hi[p], x, w1);
-        });
-      });
+    multiply_words<P>(v, channels, u, groups, lo, hi);
     each<P>([&](auto p) HZ_INLINE {
       store(m + p * positions * 16, lo[p]);
       store(m + p * positions * 16 + 8, hi[p]);

@@ -326,7 +326,7 @@ private:
   }
 
   void push_conv(hz_conv &p) {
-    p.rows = random.any_of({0, 1, 2, 3, 4, 6, 7, 8, 14, HZ_WINOGRAD}); // what any instruction set has
+    p.rows = random.any_of({0, 1, 2, 3, 4, 6, 7, 8, 14, HZ_WINOGRAD, HZ_WORDS}); // what any instruction set has
     if (p.plane && random.chance(50)) p.rows = HZ_WINOGRAD;
     p.columns = int32_t(random.between(0, 4));
     p.by_channels = random.chance(50);

@@ -12,8 +12,10 @@
 
 #include "../kernels/avx2_epilogue.hpp"
 #include "../kernels/avx2_winograd.hpp"
+#include "../kernels/avx2_words.hpp"
 #include "../kernels/elementwise.hpp"
 #include "../kernels/pool.hpp"
+#include "../kernels/stretch.hpp"
 #include "../kernels/upsample.hpp"
 #include "../tier.hpp"
 
@@ -163,34 +165,9 @@ const Block blocks[most_pixels + 1] = {nullptr,
 
 // ---- convolution
 
-// Pixels of any images: their inputs, outputs and residuals.
-struct Stretch {
-  static constexpr int capacity = 240; // the inputs of so many pixels fit in the second-level cache
-  int count;
-  const uint8_t *in[capacity], *res[capacity];
-  uint8_t *out[capacity];
-
-  // Pixels [first, last), numbered through all the images.
-  void fill(const hz_conv &c, Slots slots, int64_t first, int64_t last) {
-    const uint8_t *const from = at(c.in, slots), *const other = at(c.res, slots);
-    uint8_t *const to = at(c.out, slots);
-    count = int(last - first);
-    int64_t image = first / c.pixels, f = first % c.pixels;
-    for (int i = 0; i < count; ++i) {
-      const bool stored = c.out_at[f] >= 0;
-      in[i] = from + image * c.in_image + c.pixel[f];
-      out[i] = stored ? to + image * c.out_image + c.out_at[f] : nullptr;
-      res[i] = other && stored ? other + image * c.res_image + c.res_at[f] : other;
-      if (++f == c.pixels) {
-        f = 0;
-        ++image;
-      }
-    }
-  }
-};
-
 void conv(const hz_conv &c, Slots slots, Part part) {
   if (c.rows == HZ_WINOGRAD && c.plane) return winograd(c, slots, part);
+  if (c.rows == HZ_WORDS && !c.block_offset) return conv_in_words(c, slots, part);
   int64_t tile0 = 0, tile1 = (c.channels + 15) / 16, first = 0, last = c.images * c.pixels;
   if (c.by_channels)
     part.range(tile1, tile0, tile1);

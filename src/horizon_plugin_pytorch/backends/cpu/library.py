@@ -22,8 +22,8 @@ STEP = 64
 """Bytes of a step along a convolution's sum."""
 TILE = 16
 """Output channels, or pixels, of a tile."""
-WINOGRAD = 32
-"""What `Conv.rows` is for Winograd's algorithm."""
+WINOGRAD, WORDS = 32, 33
+"""What `Conv.rows` is for other algorithms on AVX2."""
 DIMS = 6
 
 DTYPES = {"int8": 0, "uint8": 1, "float32": 2}

@@ -33,7 +33,7 @@ BUDGET = 1.5
 _BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {
     "amx": ((1, 4), (2, 2), (4, 1), (1, 3), (1, 2), (2, 1)),
     "avx512_vnni": ((6, 4), (8, 3), (14, 2), (7, 2), (14, 1)),
-    "avx2": ((0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (library.WINOGRAD, 0)),
+    "avx2": ((0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (library.WINOGRAD, 0), (library.WORDS, 0)),
     "portable": ((0, 0),),
 }
 
