@@ -49,16 +49,19 @@ HZ_INLINE inline void multiply_words(const int16_t *v, int64_t apart, const int1
     });
 }
 
+// Blocks of P pixels by 16 channels, one after the other.
 template <int P>
-void words_block(const int16_t *v, int64_t apart, const int16_t *u, int64_t groups, const Channels &c, uint8_t *const *out,
-                 const uint8_t *const *res) {
-  __m256i lo[P], hi[P];
-  multiply_words<P>(v, apart, u, groups, lo, hi);
-  each<P>([&](auto p) HZ_INLINE {
-    lo[p] = _mm256_add_epi32(lo[p], c.start[0]);
-    hi[p] = _mm256_add_epi32(hi[p], c.start[1]);
-  });
-  finish<P>(c, lo, hi, out, res);
+void words_blocks(const int16_t *v, int64_t apart, const int16_t *u, int64_t groups, const Channels &c, uint8_t *const *out,
+                  const uint8_t *const *res, int blocks) {
+  for (; blocks > 0; --blocks, v += P * apart, out += P, res += P) {
+    __m256i lo[P], hi[P];
+    multiply_words<P>(v, apart, u, groups, lo, hi);
+    each<P>([&](auto p) HZ_INLINE {
+      lo[p] = _mm256_add_epi32(lo[p], c.start[0]);
+      hi[p] = _mm256_add_epi32(hi[p], c.start[1]);
+    });
+    finish<P>(c, lo, hi, out, res);
+  }
 }
 
 // The inputs of a pixel, group after group; as many as 12 words more are written.
@@ -100,9 +103,10 @@ inline void conv_in_words(const hz_conv &c, Slots slots, Part part) {
   const int64_t pixels = std::clamp<int64_t>(room_for_inputs / (2 * apart), most_pixels, Stretch::capacity);
   int16_t *const u = reinterpret_cast<int16_t *>(scratch(2 * at_a_time * weights + 2 * pixels * apart)), *const v = u + at_a_time * weights;
 
-  using Block = void (*)(const int16_t *, int64_t, const int16_t *, int64_t, const Channels &, uint8_t *const *, const uint8_t *const *);
-  static constexpr Block blocks[most_pixels + 1] = {nullptr,        words_block<1>, words_block<2>, words_block<3>,
-                                                    words_block<4>, words_block<5>, words_block<6>};
+  using Blocks = void (*)(const int16_t *, int64_t, const int16_t *, int64_t, const Channels &, uint8_t *const *, const uint8_t *const *,
+                          int);
+  static constexpr Blocks blocks_of[most_pixels + 1] = {nullptr,         words_blocks<1>, words_blocks<2>, words_blocks<3>,
+                                                        words_blocks<4>, words_blocks<5>, words_blocks<6>};
   const auto inputs_of = c.in.dtype == HZ_S8 ? widen_inputs<true> : widen_inputs<false>;
   Channels channels[most_tiles];
   Stretch stretch;
@@ -117,12 +121,10 @@ inline void conv_in_words(const hz_conv &c, Slots slots, Part part) {
         stretch.fill(c, slots, f, std::min(last, f + pixels));
         for (int i = 0; i < stretch.count; ++i) inputs_of(c, stretch.in[i], v + i * apart);
       }
-      const int parts = (stretch.count + most_pixels - 1) / most_pixels;
       for (int t = 0; t < tiles; ++t)
-        for (int i = 0; i < parts; ++i) { // of even sizes
-          const int at = stretch.count * i / parts, end = stretch.count * (i + 1) / parts;
-          blocks[end - at](v + at * apart, apart, u + t * weights, groups, channels[t], stretch.out + at, stretch.res + at);
-        }
+        in_blocks(stretch.count, most_pixels, [&](int at, int size, int blocks) {
+          blocks_of[size](v + at * apart, apart, u + t * weights, groups, channels[t], stretch.out + at, stretch.res + at, blocks);
+        });
     }
   }
 }

@@ -6,6 +6,14 @@
 namespace horizon {
 namespace {
 
+// Blocks of at most so many pixels, all but the last of one size: calls each(first pixel, pixels of a block, blocks) for either.
+template <class Each> void in_blocks(int count, int most, const Each &each) {
+  if (count == 0) return;
+  const int blocks = (count + most - 1) / most, size = (count + blocks - 1) / blocks, whole = count / size;
+  each(0, size, whole);
+  if (whole * size < count) each(whole * size, count - whole * size, 1);
+}
+
 // Pixels of any images: their inputs, outputs and residuals.
 struct Stretch {
   static constexpr int capacity = 240; // the inputs of so many pixels fit in the second-level cache

@@ -107,61 +107,63 @@ Sorted sort_weights(const hz_conv &c, int64_t tile, int64_t groups, uint8_t *mem
   return sorted;
 }
 
-// ---- P pixels by the 16 channels of a tile, or by its first 8
+// ---- P pixels by the 16 channels of a tile, or by its first 8, one block after the other
 
 template <int P, bool SIGNED, bool HALF>
-void block(const Sorted &s, const Channels &c, const uint8_t *const *in, uint8_t *const *out, const uint8_t *const *res) {
-  const uint8_t *pixel[P];
-  __m256i lo[P], hi[P];
-  each<P>([&](auto p) HZ_INLINE {
-    pixel[p] = in[p];
-    lo[p] = c.start[0];
-    hi[p] = c.start[1];
-  });
+void blocks(const Sorted &s, const Channels &c, const uint8_t *const *in, uint8_t *const *out, const uint8_t *const *res, int count) {
   const __m256i shift = _mm256_set1_epi8(char(0x80)), ones = _mm256_set1_epi16(1), low = _mm256_set1_epi16(0xff);
-  each<pairings>([&](auto constant) HZ_INLINE {
-    constexpr int pairing = decltype(constant)::value;
-    const int8_t *w = s.weights[pairing];
-    const int32_t *at = s.at[pairing];
-    for (const int32_t *const end = at + s.count[pairing]; at != end; ++at, w += 64) {
+  for (; count > 0; --count, in += P, out += P, res += P) {
+    const uint8_t *pixel[P];
+    __m256i lo[P], hi[P];
+    each<P>([&](auto p) HZ_INLINE {
+      pixel[p] = in[p];
+      lo[p] = c.start[0];
+      hi[p] = c.start[1];
+    });
+    each<pairings>([&](auto constant) HZ_INLINE {
+      constexpr int pairing = decltype(constant)::value;
+      const int8_t *w = s.weights[pairing];
+      const int32_t *at = s.at[pairing];
+      for (const int32_t *const end = at + s.count[pairing]; at != end; ++at, w += 64) {
+        const int64_t place = *at;
+        const __m256i w0 = load(w), w1 = load(w + 32);
+        each<P>([&](auto p) HZ_INLINE {
+          __m256i x = paired<pairing>(broadcast4(pixel[p] + place));
+          if (SIGNED) x = _mm256_xor_si256(x, shift);
+          add(lo[p], _mm256_madd_epi16(_mm256_maddubs_epi16(x, w0), ones));
+          if (!HALF) add(hi[p], _mm256_madd_epi16(_mm256_maddubs_epi16(x, w1), ones));
+        });
+      }
+    });
+    const int8_t *w = s.weights[wide];
+    const int32_t *at = s.at[wide];
+    for (const int32_t *const end = at + s.count[wide]; at != end; ++at, w += 128) {
       const int64_t place = *at;
-      const __m256i w0 = load(w), w1 = load(w + 32);
       each<P>([&](auto p) HZ_INLINE {
-        __m256i x = paired<pairing>(broadcast4(pixel[p] + place));
+        __m256i x = broadcast4(pixel[p] + place);
         if (SIGNED) x = _mm256_xor_si256(x, shift);
-        add(lo[p], _mm256_madd_epi16(_mm256_maddubs_epi16(x, w0), ones));
-        if (!HALF) add(hi[p], _mm256_madd_epi16(_mm256_maddubs_epi16(x, w1), ones));
+        const __m256i even = _mm256_and_si256(x, low), odd = _mm256_srli_epi16(x, 8);
+        add(lo[p], _mm256_madd_epi16(even, load(w)));
+        if (!HALF) add(hi[p], _mm256_madd_epi16(even, load(w + 32)));
+        add(lo[p], _mm256_madd_epi16(odd, load(w + 64)));
+        if (!HALF) add(hi[p], _mm256_madd_epi16(odd, load(w + 96)));
       });
     }
-  });
-  const int8_t *w = s.weights[wide];
-  const int32_t *at = s.at[wide];
-  for (const int32_t *const end = at + s.count[wide]; at != end; ++at, w += 128) {
-    const int64_t place = *at;
-    each<P>([&](auto p) HZ_INLINE {
-      __m256i x = broadcast4(pixel[p] + place);
-      if (SIGNED) x = _mm256_xor_si256(x, shift);
-      const __m256i even = _mm256_and_si256(x, low), odd = _mm256_srli_epi16(x, 8);
-      add(lo[p], _mm256_madd_epi16(even, load(w)));
-      if (!HALF) add(hi[p], _mm256_madd_epi16(even, load(w + 32)));
-      add(lo[p], _mm256_madd_epi16(odd, load(w + 64)));
-      if (!HALF) add(hi[p], _mm256_madd_epi16(odd, load(w + 96)));
-    });
+    finish<P>(c, lo, hi, out, res);
   }
-  finish<P>(c, lo, hi, out, res);
 }
 
-using Block = void (*)(const Sorted &, const Channels &, const uint8_t *const *, uint8_t *const *, const uint8_t *const *);
+using Blocks = void (*)(const Sorted &, const Channels &, const uint8_t *const *, uint8_t *const *, const uint8_t *const *, int);
 constexpr int most_pixels = 6, usual_pixels = 5; // of a block
 
 template <bool SIGNED, bool HALF>
-const Block blocks[most_pixels + 1] = {nullptr,
-                                       block<1, SIGNED, HALF>,
-                                       block<2, SIGNED, HALF>,
-                                       block<3, SIGNED, HALF>,
-                                       block<4, SIGNED, HALF>,
-                                       block<5, SIGNED, HALF>,
-                                       block<6, SIGNED, HALF>};
+const Blocks blocks_of[most_pixels + 1] = {nullptr,
+                                           blocks<1, SIGNED, HALF>,
+                                           blocks<2, SIGNED, HALF>,
+                                           blocks<3, SIGNED, HALF>,
+                                           blocks<4, SIGNED, HALF>,
+                                           blocks<5, SIGNED, HALF>,
+                                           blocks<6, SIGNED, HALF>};
 
 // ---- convolution
 
@@ -185,8 +187,8 @@ void conv(const hz_conv &c, Slots slots, Part part) {
   uint8_t *const memory = scratch(at_a_time * bytes);
 
   const bool is_signed = c.in.dtype == HZ_S8;
-  const Block *const whole = is_signed ? blocks<true, false> : blocks<false, false>;
-  const Block *const half = is_signed ? blocks<true, true> : blocks<false, true>;
+  const Blocks *const whole = is_signed ? blocks_of<true, false> : blocks_of<false, false>;
+  const Blocks *const half = is_signed ? blocks_of<true, true> : blocks_of<false, true>;
   const int width = c.rows >= 1 && c.rows <= most_pixels ? c.rows : usual_pixels;
   Sorted sorted[most_tiles];
   Channels channels[most_tiles];
@@ -199,14 +201,11 @@ void conv(const hz_conv &c, Slots slots, Part part) {
     }
     for (int64_t f = first; f < last; f += stretch.count) {
       stretch.fill(c, slots, f, std::min(last, f + Stretch::capacity));
-      const int parts = (stretch.count + width - 1) / width;
-      for (int t = 0; t < tiles; ++t) {
-        const Block *const kernels = channels[t].count > 8 ? whole : half;
-        for (int i = 0; i < parts; ++i) { // of even sizes
-          const int at = stretch.count * i / parts, end = stretch.count * (i + 1) / parts;
-          kernels[end - at](sorted[t], channels[t], stretch.in + at, stretch.out + at, stretch.res + at);
-        }
-      }
+      for (int t = 0; t < tiles; ++t)
+        in_blocks(stretch.count, width, [&](int at, int size, int count) {
+          const Blocks run = (channels[t].count > 8 ? whole : half)[size];
+          run(sorted[t], channels[t], stretch.in + at, stretch.out + at, stretch.res + at, count);
+        });
     }
   }
 }
