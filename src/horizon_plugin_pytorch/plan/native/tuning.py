@@ -30,19 +30,23 @@ BUDGET = 1.5
 """Seconds of measuring for one shape of inputs; operations that come after them keep the way that is usually good."""
 
 # Pixels per block (tiles of 16 for AMX) and tiles of 16 channels per block, per instruction set.
-_BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {
+BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {
     "amx": ((1, 4), (2, 2), (4, 1), (1, 3), (1, 2), (2, 1)),
     "avx512_vnni": ((6, 4), (8, 3), (14, 2), (7, 2), (14, 1)),
     "avx2": ((0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (library.WINOGRAD, 0), (library.WORDS, 0)),
     "portable": ((0, 0),),
 }
+# So many input channels make up for the transforms.
+_CHANNELS_FOR_WINOGRAD = 16
 
 
 def usual(params: library.Conv) -> Way:
-    """Threads share the channels where there are few pixels for many weights; what the kernels take for the rest."""
+    """Threads share the channels where there are few pixels for many weights; Winograd's algorithm where it can be had and its transforms
+    serve many products; what the kernels take for the rest."""
     weights = params.steps * library.STEP * params.channels
     few = params.images * params.tiles < 8 and weights > 2**16
-    return 0, library.WINOGRAD if params.plane else 0, 0, int(few), 0
+    fewer = params.plane and library.Plane.from_address(params.plane).channels >= _CHANNELS_FOR_WINOGRAD
+    return 0, library.WINOGRAD if fewer else 0, 0, int(few), 0
 
 
 def apply(operation: Operation, way: Way) -> None:
@@ -73,7 +77,7 @@ class Tuner:
     def _known(self, key: str, structures: int) -> Way | None:
         """What was measured before, if it is something that the kernels have: a file can hold anything."""
         found = self.cache.get(key, (structures, 64, 64, 2, 2))
-        if found is None or (found[1], found[2]) not in ((0, 0), *_BLOCKS[library.ISAS[self.isa]]):
+        if found is None or (found[1], found[2]) not in ((0, 0), *BLOCKS[library.ISAS[self.isa]]):
             return None
         return found[0], found[1], found[2], found[3], found[4]
 
@@ -85,7 +89,7 @@ class Tuner:
         return [start] + [
             (which, rows, columns, *start[3:])
             for which in range(len(operation.ways))
-            for rows, columns in _BLOCKS[library.ISAS[self.isa]]
+            for rows, columns in BLOCKS[library.ISAS[self.isa]]
             if columns <= widest and (rows != library.WINOGRAD or operation.ways[which].plane)
         ]
 
