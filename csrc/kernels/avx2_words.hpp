@@ -32,19 +32,21 @@ HZ_INLINE inline void multiply_words(const int16_t *v, int64_t apart, const int1
     in[p] = v + p * apart;
     lo[p] = hi[p] = _mm256_setzero_si256();
   });
-  // The compiler would put the products of several steps first, for which there are not enough registers.
-  const auto multiply_add = [](__m256i &sum, __m256i x, __m256i w) HZ_INLINE {
-    __m256i products, added = sum;
-    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(added), "=&x"(products) : "x"(x), "x"(w));
-    sum = added;
+  // Both products first, then both additions; the compiler would put the products of several steps first, for which there are not enough
+  // registers.
+  const auto multiply_add = [](__m256i &sum0, __m256i &sum1, __m256i x, __m256i w0, __m256i w1) HZ_INLINE {
+    __m256i products, added0 = sum0, added1 = sum1;
+    __asm__("vpmaddwd %4, %3, %2\n\tvpmaddwd %5, %3, %3\n\tvpaddd %2, %0, %0\n\tvpaddd %3, %1, %1"
+            : "+x"(added0), "+x"(added1), "=&x"(products), "+x"(x)
+            : "x"(w0), "x"(w1));
+    sum0 = added0;
+    sum1 = added1;
   };
   for (int64_t k = 0; k < 4 * groups; k += 4, u += 64)
     each<2>([&](auto pair) HZ_INLINE {
       const __m256i w0 = load(u + 32 * pair), w1 = load(u + 32 * pair + 16);
       each<P>([&](auto p) HZ_INLINE {
-        const __m256i x = broadcast4(in[p] + k + 2 * pair);
-        multiply_add(lo[p], x, w0);
-        multiply_add(hi[p], x, w1);
+        multiply_add(lo[p], hi[p], broadcast4(in[p] + k + 2 * pair), w0, w1);
       });
     });
 }
