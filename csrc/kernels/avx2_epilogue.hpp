@@ -147,21 +147,25 @@ HZ_INLINE inline void finish(const Channels &c, const __m256i (&lo)[P], const __
   }
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   const __m256i most = _mm256_broadcastsi128_si256(c.hi);
+  // Read once: for all the compiler knows, the output could be these.
+  const bool is_signed = c.out == HZ_S8, positive = c.activation != HZ_NONE;
+  const int64_t first = c.first;
+  const int count = c.count;
   each<(P + 1) / 2>([&](auto pair) HZ_INLINE {
     constexpr int p = 2 * pair, q = p + 1 < P ? p + 1 : p;
     const __m256i words0 = _mm256_packs_epi32(_mm256_cvtps_epi32(y[p][0]), _mm256_cvtps_epi32(y[p][1]));
     const __m256i words1 = q == p ? words0 : _mm256_packs_epi32(_mm256_cvtps_epi32(y[q][0]), _mm256_cvtps_epi32(y[q][1]));
     __m256i bytes;
-    if (c.out == HZ_S8) {
+    if (is_signed) {
       bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1), order);
       bytes = _mm256_min_epi8(bytes, most);
-      if (c.activation != HZ_NONE) bytes = _mm256_max_epi8(bytes, _mm256_setzero_si256());
+      if (positive) bytes = _mm256_max_epi8(bytes, _mm256_setzero_si256());
     } else {
       bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words0, words1), order);
       bytes = _mm256_min_epu8(bytes, most);
     }
-    if (out[p]) store_bytes(out[p] + c.first, _mm256_castsi256_si128(bytes), c.count);
-    if (q != p && out[q]) store_bytes(out[q] + c.first, _mm256_extracti128_si256(bytes, 1), c.count);
+    if (out[p]) store_bytes(out[p] + first, _mm256_castsi256_si128(bytes), count);
+    if (q != p && out[q]) store_bytes(out[q] + first, _mm256_extracti128_si256(bytes, 1), count);
   });
 }
 
