@@ -144,6 +144,7 @@ template <int KERNEL> struct Winograd {
   // One position of P patches by 16 channels: m of a patch is [positions][16].
   template <int P> static void multiply(const int16_t *v, int64_t channels, const int16_t *u, int64_t groups, int32_t *m) {
     __m256i lo[P], hi[P];
+    each<P>([&](auto p) HZ_INLINE { lo[p] = hi[p] = _mm256_setzero_si256(); });
     multiply_words<P>(v, channels, u, groups, lo, hi);
     each<P>([&](auto p) HZ_INLINE {
       store(m + p * positions * 16, lo[p]);

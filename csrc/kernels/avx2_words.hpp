@@ -23,15 +23,12 @@ HZ_INLINE inline void widen(__m256i w, __m256i &first, __m256i &second) {
   second = _mm256_srai_epi16(ordered, 8);
 }
 
-// The sums of P rows of inputs, so many words apart, by 16 channels: [groups][2 pairs of inputs][16][2].
+// Adds the products of P rows of inputs, so many words apart, by 16 channels: [groups][2 pairs of inputs][16][2].
 template <int P>
 HZ_INLINE inline void multiply_words(const int16_t *v, int64_t apart, const int16_t *u, int64_t groups, __m256i (&lo)[P],
                                      __m256i (&hi)[P]) {
   const int16_t *in[P];
-  each<P>([&](auto p) HZ_INLINE {
-    in[p] = v + p * apart;
-    lo[p] = hi[p] = _mm256_setzero_si256();
-  });
+  each<P>([&](auto p) HZ_INLINE { in[p] = v + p * apart; });
   // Both products first, then both additions; the compiler would put the products of several steps first, for which there are not enough
   // registers.
   const auto multiply_add = [](__m256i &sum0, __m256i &sum1, __m256i x, __m256i w0, __m256i w1) HZ_INLINE {
@@ -57,11 +54,11 @@ void words_blocks(const int16_t *v, int64_t apart, const int16_t *u, int64_t gro
                   const uint8_t *const *res, int blocks) {
   for (; blocks > 0; --blocks, v += P * apart, out += P, res += P) {
     __m256i lo[P], hi[P];
-    multiply_words<P>(v, apart, u, groups, lo, hi);
     each<P>([&](auto p) HZ_INLINE {
-      lo[p] = _mm256_add_epi32(lo[p], c.start[0]);
-      hi[p] = _mm256_add_epi32(hi[p], c.start[1]);
+      lo[p] = c.start[0];
+      hi[p] = c.start[1];
     });
+    multiply_words<P>(v, apart, u, groups, lo, hi);
     finish<P>(c, lo, hi, out, res);
   }
 }
