@@ -36,6 +36,8 @@ BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {
     "avx2": ((0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (library.WINOGRAD, 0), (library.WORDS, 0)),
     "portable": ((0, 0),),
 }
+# Runs of a way in a row: the first one finds the caches as another way left them.
+_AT_A_TIME = 2
 # So many input channels make up for the transforms.
 _CHANNELS_FOR_WINOGRAD = 16
 
@@ -102,20 +104,20 @@ class Tuner:
     def _measure(self, operation: Operation, pointers: Any) -> Way:
         times: dict[Way, float] = {}
 
-        def fastest(ways: list[Way], count: int, repeats: int) -> list[Way]:
-            for way in ways:
-                times[way] = min(times.get(way, math.inf), self._seconds(operation, way, pointers, repeats))
+        def fastest(ways: list[Way], count: int, turns: int) -> list[Way]:
+            for way in ways * turns:  # in turns, so that what else the machine does meets them all alike
+                times[way] = min(times.get(way, math.inf), self._seconds(operation, way, pointers))
             return sorted(dict.fromkeys(ways), key=times.__getitem__)[:count]
 
-        blocks = fastest(self._blocks(operation), 2, 2)
+        blocks = fastest(self._blocks(operation), 2, 1)
         ways = fastest([way for block in blocks for way in self._splits(block)], 2, 2)
-        return fastest(ways, 1, 5)[0]
+        return fastest(ways, 1, 3)[0]
 
-    def _seconds(self, operation: Operation, way: Way, pointers: Any, repeats: int) -> float:
+    def _seconds(self, operation: Operation, way: Way, pointers: Any) -> float:
         apply(operation, way)
         op = library.Op(library.KINDS[operation.kind], 1, ctypes.addressof(operation.params))
-        seconds = (ctypes.c_double * repeats)()
-        code = library.load().hz_time(ctypes.byref(op), pointers, self.threads, self.isa, repeats, seconds)
+        seconds = (ctypes.c_double * _AT_A_TIME)()
+        code = library.load().hz_time(ctypes.byref(op), pointers, self.threads, self.isa, _AT_A_TIME, seconds)
         return min(seconds) if code == 0 else float("inf")
 
     def _key(self, operation: Operation) -> str:
