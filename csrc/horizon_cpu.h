@@ -68,6 +68,21 @@ typedef struct {
   int32_t clamp;       // 1: float32(acc) * m may leave int32, so y is clamped before it is rounded
 } hz_epilogue;
 
+// A convolution over the last two dimensions with stride, dilation and groups 1 and a square kernel, of 3 or 2: output pixel (y, x) reads
+// rows y ... y + kernel - 1 of the input and as many columns. The sums, times 4, fit in int32, whatever the input and the weights are.
+typedef struct {
+  int64_t images, in_image, out_image, res_image;
+  int64_t in_row, out_row, res_row;       // bytes from a row to the next
+  int64_t in_pixel, out_pixel, res_pixel; // bytes from a pixel to the next
+  int32_t height, width;                  // of the output
+  int32_t channels;                       // of the input; a multiple of 4 where a step has bytes of two taps
+  int32_t kernel;
+} hz_plane;
+
+// What hz_conv.rows is for other algorithms, on AVX2: Winograd's, where there is a plane; all products in 16 bits, where block_offset is NULL.
+#define HZ_WINOGRAD 32
+#define HZ_WORDS 33
+
 // A fused group: convolution of any dimensions, stride, dilation, groups, one phase of a transposed convolution, or Linear.
 //
 // The input lies channels-last with its padding in memory (zeros), so that output pixel f reads the 64 bytes at
@@ -92,8 +107,9 @@ typedef struct {
   const int8_t *weights;   // [ceil(channels / 16)][steps][16 groups of 4 bytes][16 output channels][4], 64-byte aligned
   const int32_t *weight_sum; // [channels padded] sum of a channel's weights
   hz_epilogue epilogue;
+  const hz_plane *plane;   // the same once more, where it is one; its pixels are all those of the tables. Else NULL
   // How to do it; every choice gives the same result.
-  int32_t rows;            // pixels per block; AMX: up to 4 these are tiles of 16 pixels; 0: default
+  int32_t rows;            // pixels per block; AMX: up to 4 these are tiles of 16 pixels; HZ_WINOGRAD, HZ_WORDS; 0: default
   int32_t columns;         // tiles of 16 channels per block, 1..4; 0: default
   int32_t by_channels;     // 1: threads share the output channels, 0: the pixels
   int32_t pixels_inside;   // 1: for each block of channels, all pixels; 0: for each few blocks of pixels, all channels

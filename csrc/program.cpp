@@ -388,9 +388,10 @@ HZ_EXPORT int hz_time(const hz_op *op, void *const *slots, int threads, int isa,
   run_team(threads, [&](Part part) {
     Session session(*tier);
     const Slots memory = reinterpret_cast<Slots>(slots);
+    barrier.wait(part.count); // the team is there
     for (int i = 0; i < repeats; ++i) {
+      const Clock::time_point start = Clock::now(); // not behind the barrier: the others may have finished when this thread sees it open
       barrier.wait(part.count);
-      const Clock::time_point start = Clock::now();
       run_op(*tier, *op, memory, part);
       barrier.wait(part.count);
       if (part.index == 0) seconds[i] = std::chrono::duration<double>(Clock::now() - start).count();

@@ -20,6 +20,29 @@ template <class F, int... I> HZ_INLINE inline void each_of(F &&f, std::integer_s
 // Calls f(0) ... f(N - 1) with constants, so that arrays of vectors become registers in the compiler's first passes already.
 template <int N, class F> HZ_INLINE inline void each(F &&f) { each_of(f, std::make_integer_sequence<int, N>()); }
 
+// Adds products to a sum. The compiler must neither add the products of two steps before it adds them to the accumulators, nor put all
+// of a step's products first: both need more registers than there are. (An array's element as the operand would be kept in memory.)
+HZ_INLINE inline void add(__m256i &sum, __m256i products) {
+  __m256i added = _mm256_add_epi32(sum, products);
+  __asm__("" : "+x"(added));
+  sum = added;
+}
+
+HZ_INLINE inline __m256i load(const void *p) { return _mm256_load_si256(static_cast<const __m256i *>(p)); }
+HZ_INLINE inline void store(void *p, __m256i v) { _mm256_store_si256(static_cast<__m256i *>(p), v); }
+
+HZ_INLINE inline __m256i broadcast4(const void *p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return _mm256_set1_epi32(word);
+}
+
+// Sixteen bytes of a tensor in 16 bits each.
+template <bool SIGNED> HZ_INLINE inline __m256i words(const uint8_t *p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+  return SIGNED ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
+}
+
 // Sixteen output channels of an operation: what their accumulators start at, and where they go.
 struct Channels {
   __m256i start[2];
@@ -54,9 +77,8 @@ inline Channels channels_of(const hz_epilogue &e, const int32_t *weight_sum, int
   return c;
 }
 
-// The first n <= 16 bytes.
+// The first n < 16 bytes.
 HZ_INLINE inline void store_bytes(uint8_t *to, __m128i v, int n) {
-  if (n == 16) return _mm_storeu_si128(reinterpret_cast<__m128i *>(to), v);
   if (n & 8) {
     _mm_storel_epi64(reinterpret_cast<__m128i *>(to), v);
     v = _mm_srli_si128(v, 8);
@@ -124,22 +146,38 @@ HZ_INLINE inline void finish(const Channels &c, const __m256i (&lo)[P], const __
   }
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   const __m256i most = _mm256_broadcastsi128_si256(c.hi);
-  each<(P + 1) / 2>([&](auto pair) HZ_INLINE {
-    constexpr int p = 2 * pair, q = p + 1 < P ? p + 1 : p;
-    const __m256i words0 = _mm256_packs_epi32(_mm256_cvtps_epi32(y[p][0]), _mm256_cvtps_epi32(y[p][1]));
-    const __m256i words1 = q == p ? words0 : _mm256_packs_epi32(_mm256_cvtps_epi32(y[q][0]), _mm256_cvtps_epi32(y[q][1]));
-    __m256i bytes;
-    if (c.out == HZ_S8) {
-      bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1), order);
-      bytes = _mm256_min_epi8(bytes, most);
-      if (c.activation != HZ_NONE) bytes = _mm256_max_epi8(bytes, _mm256_setzero_si256());
-    } else {
-      bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words0, words1), order);
-      bytes = _mm256_min_epu8(bytes, most);
-    }
-    if (out[p]) store_bytes(out[p] + c.first, _mm256_castsi256_si128(bytes), c.count);
-    if (q != p && out[q]) store_bytes(out[q] + c.first, _mm256_extracti128_si256(bytes, 1), c.count);
-  });
+  __m256i bytes[(P + 1) / 2]; // two pixels each
+  const auto packed = [&](auto pack) HZ_INLINE {
+    each<(P + 1) / 2>([&](auto pair) HZ_INLINE {
+      constexpr int p = 2 * pair, q = p + 1 < P ? p + 1 : p;
+      const __m256i words0 = _mm256_packs_epi32(_mm256_cvtps_epi32(y[p][0]), _mm256_cvtps_epi32(y[p][1]));
+      const __m256i words1 = q == p ? words0 : _mm256_packs_epi32(_mm256_cvtps_epi32(y[q][0]), _mm256_cvtps_epi32(y[q][1]));
+      bytes[pair] = pack(words0, words1);
+    });
+  };
+  if (c.out == HZ_S8) {
+    const __m256i least = c.activation != HZ_NONE ? _mm256_setzero_si256() : _mm256_set1_epi8(-128);
+    packed([&](__m256i words0, __m256i words1) HZ_INLINE {
+      const __m256i v = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1), order);
+      return _mm256_max_epi8(_mm256_min_epi8(v, most), least);
+    });
+  } else {
+    packed([&](__m256i words0, __m256i words1) HZ_INLINE {
+      return _mm256_min_epu8(_mm256_permutevar8x32_epi32(_mm256_packus_epi16(words0, words1), order), most);
+    });
+  }
+  const int64_t first = c.first; // read once: for all the compiler knows, it could be among the outputs
+  const int count = c.count;
+  const auto stored = [&](auto put) HZ_INLINE {
+    each<P>([&](auto p) HZ_INLINE {
+      const __m256i both = bytes[p / 2];
+      if (out[p]) put(out[p] + first, p % 2 ? _mm256_extracti128_si256(both, 1) : _mm256_castsi256_si128(both));
+    });
+  };
+  if (count == 16)
+    stored([](uint8_t *to, __m128i v) HZ_INLINE { _mm_storeu_si128(reinterpret_cast<__m128i *>(to), v); });
+  else
+    stored([&](uint8_t *to, __m128i v) HZ_INLINE { store_bytes(to, v, count); });
 }
 
 } // namespace

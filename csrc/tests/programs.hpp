@@ -59,7 +59,7 @@ public:
   void add_op(int kind) {
     const size_t before = ops.size();
     switch (kind) {
-    case HZ_CONV: conv(); break;
+    case HZ_CONV: random.chance(60) ? conv() : plane(); break;
     case HZ_DEPTHWISE: depthwise(); break;
     case HZ_ZERO: zero(); break;
     case HZ_MAX_POOL:
@@ -94,8 +94,11 @@ public:
   std::vector<uint8_t> contents(int slot, int threads, uint64_t seed) const {
     Random random(seed + uint64_t(slot));
     std::vector<uint8_t> data(size_t(bytes(slot, threads)));
+    const bool extreme = random.chance(20);
+    const uint64_t flip = random.any_of<uint64_t>({0, 0x8080808080808080});
     for (size_t i = 0; i < data.size(); i += 8) {
-      const uint64_t bytes = random.engine()();
+      uint64_t bytes = random.engine()();
+      if (extreme) bytes = (bytes & 0x0101010101010101) * 255 ^ flip; // each the least or the largest of one dtype
       std::memcpy(&data[i], &bytes, std::min<size_t>(8, data.size() - i));
     }
     if (slot == ARENA && apart) // every thread's is the same: which of them runs an iteration must not matter
@@ -318,11 +321,93 @@ private:
     p.weights = keep_aligned(weights);
     p.weight_sum = keep(sums);
     p.epilogue = epilogue(p.channels, int64_t(p.steps) * 64 * 127 * 255, residual, p.out.dtype);
-    p.rows = random.any_of({0, 1, 2, 3, 4, 6, 7, 8, 14}); // what any instruction set has
+    push_conv(p);
+    values.push_back(y);
+  }
+
+  void push_conv(hz_conv &p) {
+    p.rows = random.any_of({0, 1, 2, 3, 4, 6, 7, 8, 14, HZ_WINOGRAD, HZ_WORDS}); // what any instruction set has
+    if (p.plane && random.chance(50)) p.rows = HZ_WINOGRAD;
     p.columns = int32_t(random.between(0, 4));
     p.by_channels = random.chance(50);
     p.pixels_inside = random.chance(50);
     push(HZ_CONV, p);
+  }
+
+  // A convolution with a plane, its tables as a planner makes them.
+  void plane() {
+    Value x = bytes_in();
+    const int64_t kernel = random.between(2, 3);
+    if (x.size[1] > 1 || x.size[2] < kernel || x.size[3] < kernel || random.chance(30)) {
+      const int64_t channels = random.chance(70) ? random.any_of<int64_t>({4, 8, 16, 24, 40, 64, 72}) : random.between(1, 140);
+      x = new_value(INPUT, random.any_of({HZ_S8, HZ_U8}), {random.between(1, 3), 1, random.between(kernel, 20), random.between(kernel, 20), channels});
+      values.push_back(x);
+    }
+    hz_plane q{};
+    q.images = x.size[0];
+    q.height = int32_t(x.size[2] - kernel + 1);
+    q.width = int32_t(x.size[3] - kernel + 1);
+    q.channels = int32_t(x.size[4]);
+    q.kernel = int32_t(kernel);
+    q.in_image = x.stride[0], q.in_row = x.stride[2], q.in_pixel = x.stride[3];
+    hz_conv p{};
+    p.in = x.ref;
+    p.channels = int32_t(random.chance(50) ? random.any_of({16, 32, 64}) : random.between(1, 100));
+
+    // The taps of a kernel row in one run of bytes where they lie so, otherwise each by itself.
+    const int64_t wide = align(q.channels, 64) / 64, run = align(kernel * q.channels, 64) / 64;
+    const bool runs = q.in_pixel == q.channels && run < kernel * wide;
+    const int64_t length = runs ? kernel * q.channels : q.channels, parts = runs ? kernel : kernel * kernel, each = runs ? run : wide;
+    p.steps = int32_t(parts * each);
+    std::vector<uint8_t> used(static_cast<size_t>(p.steps));
+    std::vector<int32_t> step(used.size());
+    const int64_t blocks = (p.channels + 15) / 16;
+    std::vector<int8_t> weights(size_t(blocks * p.steps) * 1024, 0);
+    std::vector<int32_t> sums(size_t(align(p.channels, HZ_CHANNELS)), 0);
+    std::vector<int> largest(size_t(p.channels), 0); // of a channel: all weights of this absolute value and sign, or 0 for any
+    for (int &w : largest) w = random.chance(10) ? random.any_of({-127, 127}) : 0;
+    for (int64_t k = 0; k < p.steps; ++k) {
+      const int64_t part = k / each, first = k % each * 64, bytes = std::min<int64_t>(64, length - first);
+      step[size_t(k)] = int32_t((runs ? part : part / kernel) * q.in_row + (runs ? 0 : part % kernel * q.in_pixel) + first);
+      used[size_t(k)] = uint8_t((bytes + 3) / 4);
+      for (int c = 0; c < p.channels; ++c)
+        for (int64_t b = 0; b < bytes; ++b) {
+          const int8_t w = int8_t(largest[size_t(c)] ? largest[size_t(c)] : random.between(-127, 127));
+          weights[size_t(((c / 16 * p.steps + k) * 16 + b / 4) * 64 + c % 16 * 4 + b % 4)] = w;
+          sums[size_t(c)] += w;
+        }
+    }
+
+    const Value y = out(random_dtype(), {q.images, 1, q.height, q.width, p.channels});
+    const bool residual = random.chance(50);
+    Value r{};
+    r.ref.slot = -1;
+    if (residual) values.push_back(r = new_value(INPUT, random.any_of({HZ_S8, HZ_U8}), size_of(y)));
+    p.out = y.ref, p.res = r.ref;
+    q.out_image = y.stride[0], q.out_row = y.stride[2], q.out_pixel = y.stride[3];
+    q.res_image = r.stride[0], q.res_row = r.stride[2], q.res_pixel = r.stride[3];
+
+    // One table may cover all images.
+    const int64_t together = random.chance(30) ? q.images : 1;
+    p.images = q.images / together;
+    p.in_image = q.in_image, p.out_image = q.out_image, p.res_image = q.res_image;
+    p.pixels = together * q.height * q.width;
+    p.tiles = (p.pixels + 15) / 16;
+    const size_t entries = size_t(p.tiles) * 16;
+    std::vector<int32_t> pixel(entries), out_at(entries, -1), res_at(entries), pitch(size_t(p.tiles), 0);
+    for (int64_t f = 0; f < int64_t(entries); ++f) {
+      const int64_t g = std::min(f, p.pixels - 1), image = g / (q.height * q.width), row = g / q.width % q.height, column = g % q.width;
+      pixel[size_t(f)] = int32_t(image * q.in_image + row * q.in_row + column * q.in_pixel);
+      res_at[size_t(f)] = int32_t(image * q.res_image + row * q.res_row + column * q.res_pixel);
+      if (f < p.pixels) out_at[size_t(f)] = int32_t(image * q.out_image + row * q.out_row + column * q.out_pixel);
+    }
+    p.pixel = keep(pixel), p.out_at = keep(out_at), p.res_at = keep(res_at), p.pitch = keep(pitch);
+    p.step = keep(step), p.used = keep(used);
+    p.weights = keep_aligned(weights);
+    p.weight_sum = keep(sums);
+    if (!runs || q.channels % 4 == 0) p.plane = keep(std::vector<hz_plane>{q});
+    p.epilogue = epilogue(p.channels, kernel * kernel * q.channels * 127 * 255 / 4, residual, p.out.dtype);
+    push_conv(p);
     values.push_back(y);
   }
 

@@ -11,26 +11,16 @@
 #include <cstring>
 
 #include "../kernels/avx2_epilogue.hpp"
+#include "../kernels/avx2_winograd.hpp"
+#include "../kernels/avx2_words.hpp"
 #include "../kernels/elementwise.hpp"
 #include "../kernels/pool.hpp"
+#include "../kernels/stretch.hpp"
 #include "../kernels/upsample.hpp"
 #include "../tier.hpp"
 
 namespace horizon {
 namespace {
-
-// The compiler must neither add the products of two steps before it adds them to the accumulators, nor put all of a step's products
-// first: both need more registers than there are.
-#define HZ_KEEP(v) __asm__("" : "+x"(v))
-
-HZ_INLINE inline __m256i load(const void *p) { return _mm256_load_si256(static_cast<const __m256i *>(p)); }
-HZ_INLINE inline void store(void *p, __m256i v) { _mm256_store_si256(static_cast<__m256i *>(p), v); }
-
-HZ_INLINE inline __m256i broadcast4(const uint8_t *p) {
-  int32_t word;
-  std::memcpy(&word, p, 4);
-  return _mm256_set1_epi32(word);
-}
 
 // ---- weights of a tile of 16 channels, sorted
 
@@ -50,149 +40,136 @@ struct Sorted {
   const int8_t *weights[kinds]; // [16 channels][4], paired; wide: [16 channels][bytes 0 and 2], then [..][1 and 3], in 16 bits
 };
 
-// Memory for the sorted weights of a tile. Any kind has room for all groups, of which most stays untouched.
-constexpr int64_t kind_bytes(int64_t groups) { return groups * 64 + (groups * 4 + 63) / 64 * 64; }
-constexpr int64_t sorted_bytes(int64_t groups) { return kinds * kind_bytes(groups) + groups * 64; }
+// Memory for the sorted weights of a tile: what they are multiplied with and where they come from, for any kind of all groups; then the
+// weights, at most all of them wide.
+constexpr int64_t places_bytes(int64_t groups) { return (groups * 4 + 63) / 64 * 64; }
+constexpr int64_t sorted_bytes(int64_t groups) { return 2 * kinds * places_bytes(groups) + groups * 128; }
 
-// Whether two products of these weights, 8 channels each, fit in 16 bits.
-HZ_INLINE inline bool fit(__m256i w0, __m256i w1) {
-  const __m256i ones = _mm256_set1_epi8(1), most = _mm256_set1_epi16(128);
-  const __m256i over0 = _mm256_cmpgt_epi16(_mm256_abs_epi16(_mm256_maddubs_epi16(ones, w0)), most);
-  const __m256i over1 = _mm256_cmpgt_epi16(_mm256_abs_epi16(_mm256_maddubs_epi16(ones, w1)), most);
-  const __m256i over = _mm256_or_si256(over0, over1);
-  return _mm256_testz_si256(over, over) != 0;
+// 1 if a sum of two weights of these, 8 channels each, is too large: their products might not fit in 16 bits.
+HZ_INLINE inline int unfit(__m256i w0, __m256i w1) {
+  const __m256i ones = _mm256_set1_epi8(1);
+  const __m256i sum0 = _mm256_abs_epi16(_mm256_maddubs_epi16(ones, w0)), sum1 = _mm256_abs_epi16(_mm256_maddubs_epi16(ones, w1));
+  const __m256i over = _mm256_cmpgt_epi16(_mm256_max_epi16(sum0, sum1), _mm256_set1_epi16(128));
+  return !_mm256_testz_si256(over, over);
 }
 
-inline int kind_of(__m256i w0, __m256i w1) {
-  if (fit(w0, w1)) return 0;
-  if (fit(paired<1>(w0), paired<1>(w1))) return 1;
-  return fit(paired<2>(w0), paired<2>(w1)) ? 2 : wide;
+// The first kind that fits. All are tried, because which one it is cannot be foreseen.
+HZ_INLINE inline int kind_of(__m256i w0, __m256i w1) {
+  const int u0 = unfit(w0, w1), u1 = unfit(paired<1>(w0), paired<1>(w1)), u2 = unfit(paired<2>(w0), paired<2>(w1));
+  return u0 * (1 + u1 * (1 + u2));
+}
+
+// The groups' weights, one after the other, in their pairing.
+template <int PAIRING> uint8_t *copy(const int8_t *weights, const int32_t *from, int count, uint8_t *to) {
+  for (const int32_t *const end = from + count; from != end; ++from, to += 64) {
+    store(to, paired<PAIRING>(load(weights + *from)));
+    store(to + 32, paired<PAIRING>(load(weights + *from + 32)));
+  }
+  return to;
+}
+
+uint8_t *copy_wide(const int8_t *weights, const int32_t *from, int count, uint8_t *to) {
+  for (const int32_t *const end = from + count; from != end; ++from, to += 128) {
+    const __m256i w0 = load(weights + *from), w1 = load(weights + *from + 32);
+    store(to, _mm256_srai_epi16(_mm256_slli_epi16(w0, 8), 8));
+    store(to + 32, _mm256_srai_epi16(_mm256_slli_epi16(w1, 8), 8));
+    store(to + 64, _mm256_srai_epi16(w0, 8));
+    store(to + 96, _mm256_srai_epi16(w1, 8));
+  }
+  return to;
 }
 
 Sorted sort_weights(const hz_conv &c, int64_t tile, int64_t groups, uint8_t *memory) {
-  const int8_t *weights = c.weights + tile * c.steps * 1024;
+  const int8_t *const weights = c.weights + tile * c.steps * 1024;
   const int32_t offset = c.block_offset ? c.block_offset[tile] : 0;
   Sorted sorted;
-  uint8_t *to[kinds];
-  int32_t *place[kinds];
+  int32_t *at[kinds], *from[kinds];
   for (int n = 0; n < kinds; ++n) {
-    to[n] = memory + n * kind_bytes(groups);
-    place[n] = reinterpret_cast<int32_t *>(to[n] + groups * (n == wide ? 128 : 64));
-    sorted.at[n] = place[n];
-    sorted.weights[n] = reinterpret_cast<const int8_t *>(to[n]);
+    at[n] = reinterpret_cast<int32_t *>(memory + 2 * n * places_bytes(groups));
+    from[n] = reinterpret_cast<int32_t *>(memory + (2 * n + 1) * places_bytes(groups));
+    sorted.at[n] = at[n];
+    sorted.count[n] = 0;
   }
-  for (int k = 0; k < c.steps; ++k, weights += 1024) {
+  for (int k = 0; k < c.steps; ++k)
     for (int g = 0; g < c.used[k]; ++g) {
-      const __m256i w0 = load(weights + 64 * g), w1 = load(weights + 64 * g + 32);
-      const int n = kind_of(w0, w1);
-      uint8_t *const v = to[n];
-      *place[n]++ = offset + c.step[k] + 4 * g;
-      if (n == wide) {
-        store(v, _mm256_srai_epi16(_mm256_slli_epi16(w0, 8), 8));
-        store(v + 32, _mm256_srai_epi16(_mm256_slli_epi16(w1, 8), 8));
-        store(v + 64, _mm256_srai_epi16(w0, 8));
-        store(v + 96, _mm256_srai_epi16(w1, 8));
-        to[n] += 128;
-      } else {
-        store(v, n == 0 ? w0 : n == 1 ? paired<1>(w0) : paired<2>(w0));
-        store(v + 32, n == 0 ? w1 : n == 1 ? paired<1>(w1) : paired<2>(w1));
-        to[n] += 64;
-      }
+      const int32_t place = k * 1024 + g * 64;
+      const int n = kind_of(load(weights + place), load(weights + place + 32));
+      const int i = sorted.count[n]++;
+      at[n][i] = offset + c.step[k] + 4 * g;
+      from[n][i] = place;
     }
+  uint8_t *to = memory + 2 * kinds * places_bytes(groups);
+  for (int n = 0; n < kinds; ++n) {
+    sorted.weights[n] = reinterpret_cast<const int8_t *>(to);
+    const auto put = n == 0 ? copy<0> : n == 1 ? copy<1> : n == 2 ? copy<2> : copy_wide;
+    to = put(weights, from[n], sorted.count[n], to);
   }
-  for (int n = 0; n < kinds; ++n) sorted.count[n] = int(place[n] - sorted.at[n]);
   return sorted;
 }
 
-// ---- P pixels by the 16 channels of a tile, or by its first 8
+// ---- P pixels by the 16 channels of a tile, or by its first 8, one block after the other
 
 template <int P, bool SIGNED, bool HALF>
-void block(const Sorted &s, const Channels &c, const uint8_t *const *in, uint8_t *const *out, const uint8_t *const *res) {
-  const uint8_t *pixel[P];
-  __m256i lo[P], hi[P];
-  each<P>([&](auto p) HZ_INLINE {
-    pixel[p] = in[p];
-    lo[p] = c.start[0];
-    hi[p] = c.start[1];
-  });
+void blocks(const Sorted &s, const Channels &c, const uint8_t *const *in, uint8_t *const *out, const uint8_t *const *res, int count) {
   const __m256i shift = _mm256_set1_epi8(char(0x80)), ones = _mm256_set1_epi16(1), low = _mm256_set1_epi16(0xff);
-  const auto add = [](__m256i &sum, __m256i products) HZ_INLINE {
-    sum = _mm256_add_epi32(sum, products);
-    HZ_KEEP(sum);
-  };
-  each<pairings>([&](auto constant) HZ_INLINE {
-    constexpr int pairing = decltype(constant)::value;
-    const int8_t *w = s.weights[pairing];
-    const int32_t *at = s.at[pairing];
-    for (const int32_t *const end = at + s.count[pairing]; at != end; ++at, w += 64) {
+  for (; count > 0; --count, in += P, out += P, res += P) {
+    const uint8_t *pixel[P];
+    __m256i lo[P], hi[P];
+    each<P>([&](auto p) HZ_INLINE {
+      pixel[p] = in[p];
+      lo[p] = c.start[0];
+      hi[p] = c.start[1];
+    });
+    each<pairings>([&](auto constant) HZ_INLINE {
+      constexpr int pairing = decltype(constant)::value;
+      const int8_t *w = s.weights[pairing];
+      const int32_t *at = s.at[pairing];
+      for (const int32_t *const end = at + s.count[pairing]; at != end; ++at, w += 64) {
+        const int64_t place = *at;
+        const __m256i w0 = load(w), w1 = load(w + 32);
+        each<P>([&](auto p) HZ_INLINE {
+          __m256i x = paired<pairing>(broadcast4(pixel[p] + place));
+          if (SIGNED) x = _mm256_xor_si256(x, shift);
+          add(lo[p], _mm256_madd_epi16(_mm256_maddubs_epi16(x, w0), ones));
+          if (!HALF) add(hi[p], _mm256_madd_epi16(_mm256_maddubs_epi16(x, w1), ones));
+        });
+      }
+    });
+    const int8_t *w = s.weights[wide];
+    const int32_t *at = s.at[wide];
+    for (const int32_t *const end = at + s.count[wide]; at != end; ++at, w += 128) {
       const int64_t place = *at;
-      const __m256i w0 = load(w), w1 = load(w + 32);
       each<P>([&](auto p) HZ_INLINE {
-        __m256i x = paired<pairing>(broadcast4(pixel[p] + place));
+        __m256i x = broadcast4(pixel[p] + place);
         if (SIGNED) x = _mm256_xor_si256(x, shift);
-        add(lo[p], _mm256_madd_epi16(_mm256_maddubs_epi16(x, w0), ones));
-        if (!HALF) add(hi[p], _mm256_madd_epi16(_mm256_maddubs_epi16(x, w1), ones));
+        const __m256i even = _mm256_and_si256(x, low), odd = _mm256_srli_epi16(x, 8);
+        add(lo[p], _mm256_madd_epi16(even, load(w)));
+        if (!HALF) add(hi[p], _mm256_madd_epi16(even, load(w + 32)));
+        add(lo[p], _mm256_madd_epi16(odd, load(w + 64)));
+        if (!HALF) add(hi[p], _mm256_madd_epi16(odd, load(w + 96)));
       });
     }
-  });
-  const int8_t *w = s.weights[wide];
-  const int32_t *at = s.at[wide];
-  for (const int32_t *const end = at + s.count[wide]; at != end; ++at, w += 128) {
-    const int64_t place = *at;
-    each<P>([&](auto p) HZ_INLINE {
-      __m256i x = broadcast4(pixel[p] + place);
-      if (SIGNED) x = _mm256_xor_si256(x, shift);
-      const __m256i even = _mm256_and_si256(x, low), odd = _mm256_srli_epi16(x, 8);
-      add(lo[p], _mm256_madd_epi16(even, load(w)));
-      if (!HALF) add(hi[p], _mm256_madd_epi16(even, load(w + 32)));
-      add(lo[p], _mm256_madd_epi16(odd, load(w + 64)));
-      if (!HALF) add(hi[p], _mm256_madd_epi16(odd, load(w + 96)));
-    });
+    finish<P>(c, lo, hi, out, res);
   }
-  finish<P>(c, lo, hi, out, res);
 }
 
-using Block = void (*)(const Sorted &, const Channels &, const uint8_t *const *, uint8_t *const *, const uint8_t *const *);
+using Blocks = void (*)(const Sorted &, const Channels &, const uint8_t *const *, uint8_t *const *, const uint8_t *const *, int);
 constexpr int most_pixels = 6, usual_pixels = 5; // of a block
 
 template <bool SIGNED, bool HALF>
-const Block blocks[most_pixels + 1] = {nullptr,
-                                       block<1, SIGNED, HALF>,
-                                       block<2, SIGNED, HALF>,
-                                       block<3, SIGNED, HALF>,
-                                       block<4, SIGNED, HALF>,
-                                       block<5, SIGNED, HALF>,
-                                       block<6, SIGNED, HALF>};
+const Blocks blocks_of[most_pixels + 1] = {nullptr,
+                                           blocks<1, SIGNED, HALF>,
+                                           blocks<2, SIGNED, HALF>,
+                                           blocks<3, SIGNED, HALF>,
+                                           blocks<4, SIGNED, HALF>,
+                                           blocks<5, SIGNED, HALF>,
+                                           blocks<6, SIGNED, HALF>};
 
 // ---- convolution
 
-// Pixels of any images: their inputs, outputs and residuals.
-struct Stretch {
-  static constexpr int capacity = 240; // the inputs of so many pixels fit in the second-level cache
-  int count;
-  const uint8_t *in[capacity], *res[capacity];
-  uint8_t *out[capacity];
-
-  // Pixels [first, last), numbered through all the images.
-  void fill(const hz_conv &c, Slots slots, int64_t first, int64_t last) {
-    const uint8_t *const from = at(c.in, slots), *const other = at(c.res, slots);
-    uint8_t *const to = at(c.out, slots);
-    count = int(last - first);
-    int64_t image = first / c.pixels, f = first % c.pixels;
-    for (int i = 0; i < count; ++i) {
-      const bool stored = c.out_at[f] >= 0;
-      in[i] = from + image * c.in_image + c.pixel[f];
-      out[i] = stored ? to + image * c.out_image + c.out_at[f] : nullptr;
-      res[i] = other && stored ? other + image * c.res_image + c.res_at[f] : other;
-      if (++f == c.pixels) {
-        f = 0;
-        ++image;
-      }
-    }
-  }
-};
-
 void conv(const hz_conv &c, Slots slots, Part part) {
+  if (c.rows == HZ_WINOGRAD && c.plane) return winograd(c, slots, part);
+  if (c.rows == HZ_WORDS && !c.block_offset) return conv_in_words(c, slots, part);
   int64_t tile0 = 0, tile1 = (c.channels + 15) / 16, first = 0, last = c.images * c.pixels;
   if (c.by_channels)
     part.range(tile1, tile0, tile1);
@@ -210,8 +187,8 @@ void conv(const hz_conv &c, Slots slots, Part part) {
   uint8_t *const memory = scratch(at_a_time * bytes);
 
   const bool is_signed = c.in.dtype == HZ_S8;
-  const Block *const whole = is_signed ? blocks<true, false> : blocks<false, false>;
-  const Block *const half = is_signed ? blocks<true, true> : blocks<false, true>;
+  const Blocks *const whole = is_signed ? blocks_of<true, false> : blocks_of<false, false>;
+  const Blocks *const half = is_signed ? blocks_of<true, true> : blocks_of<false, true>;
   const int width = c.rows >= 1 && c.rows <= most_pixels ? c.rows : usual_pixels;
   Sorted sorted[most_tiles];
   Channels channels[most_tiles];
@@ -224,24 +201,16 @@ void conv(const hz_conv &c, Slots slots, Part part) {
     }
     for (int64_t f = first; f < last; f += stretch.count) {
       stretch.fill(c, slots, f, std::min(last, f + Stretch::capacity));
-      const int parts = (stretch.count + width - 1) / width;
-      for (int t = 0; t < tiles; ++t) {
-        const Block *const kernels = channels[t].count > 8 ? whole : half;
-        for (int i = 0; i < parts; ++i) { // of even sizes
-          const int at = stretch.count * i / parts, end = stretch.count * (i + 1) / parts;
-          kernels[end - at](sorted[t], channels[t], stretch.in + at, stretch.out + at, stretch.res + at);
-        }
-      }
+      for (int t = 0; t < tiles; ++t)
+        in_blocks(stretch.count, width, [&](int at, int size, int count) {
+          const Blocks run = (channels[t].count > 8 ? whole : half)[size];
+          run(sorted[t], channels[t], stretch.in + at, stretch.out + at, stretch.res + at, count);
+        });
     }
   }
 }
 
 // ---- depthwise: 16 channels in words, two taps interleaved for vpmaddwd
-
-template <bool SIGNED> HZ_INLINE inline __m256i words(const uint8_t *p) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
-  return SIGNED ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
-}
 
 struct Taps {
   int pairs;               // of taps
@@ -260,10 +229,8 @@ HZ_INLINE inline void add_taps(const Taps &t, const uint8_t *in, int64_t pitch, 
       const __m256i w0 = load(w), w1 = load(w + 16);
       each<P>([&](auto p) HZ_INLINE {
         const __m256i x = words<SIGNED>(a + p * pitch), y = words<SIGNED>(b + p * pitch);
-        lo[p] = _mm256_add_epi32(lo[p], _mm256_madd_epi16(_mm256_unpacklo_epi16(x, y), w0));
-        hi[p] = _mm256_add_epi32(hi[p], _mm256_madd_epi16(_mm256_unpackhi_epi16(x, y), w1));
-        HZ_KEEP(lo[p]);
-        HZ_KEEP(hi[p]);
+        add(lo[p], _mm256_madd_epi16(_mm256_unpacklo_epi16(x, y), w0));
+        add(hi[p], _mm256_madd_epi16(_mm256_unpackhi_epi16(x, y), w1));
       });
     }
   } else {
@@ -275,10 +242,8 @@ HZ_INLINE inline void add_taps(const Taps &t, const uint8_t *in, int64_t pitch, 
         each<P>([&](auto p) HZ_INLINE {
           constexpr int tap = decltype(column)::value - decltype(p)::value;
           if constexpr (tap >= 0 && tap < COLUMNS) {
-            lo[p] = _mm256_add_epi32(lo[p], _mm256_madd_epi16(low, load(w + 32 * tap)));
-            hi[p] = _mm256_add_epi32(hi[p], _mm256_madd_epi16(high, load(w + 32 * tap + 16)));
-            HZ_KEEP(lo[p]);
-            HZ_KEEP(hi[p]);
+            add(lo[p], _mm256_madd_epi16(low, load(w + 32 * tap)));
+            add(hi[p], _mm256_madd_epi16(high, load(w + 32 * tap + 16)));
           }
         });
       });

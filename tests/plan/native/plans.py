@@ -11,6 +11,7 @@ from torch import Tensor
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
 from horizon_plugin_pytorch.nn.quantized.qtensor import QTensor
 from horizon_plugin_pytorch.plan import Plan, Step, Value
+from horizon_plugin_pytorch.plan.native import tuning
 from horizon_plugin_pytorch.plan.native.constants import Constants
 from horizon_plugin_pytorch.plan.native.execution import NativeProgram
 from horizon_plugin_pytorch.plan.program import Const, Ref
@@ -107,9 +108,17 @@ def program(plan: Plan, *inputs: Tensor, isa: int = 0, **how: Any) -> NativeProg
     return NativeProgram(plan, Constants(plan), inputs, isa, **how)
 
 
-def native(plan: Plan, *inputs: Tensor, isa: int, threads: int = 1) -> tuple[Any, list[int]]:
-    """The plan's outputs by the kernels, and the steps that ran in PyTorch; run twice, for an arena that holds old values."""
+def native(
+    plan: Plan, *inputs: Tensor, isa: int, threads: int = 1, way: tuning.Way | None = None
+) -> tuple[Any, list[int]]:
+    """The plan's outputs by the kernels, and the steps that ran in PyTorch; run twice, for an arena that holds old values.
+
+    `way`: how its convolutions are done; None: as is usual.
+    """
     made = program(plan, *inputs, isa=isa)
+    for operation in made.lowered.builder.operations:
+        if operation.kind == "conv" and way is not None:
+            tuning.apply(operation, way)
     made(tuple(-x for x in inputs), threads)
     return made(inputs, threads), made.steps_in_torch
 

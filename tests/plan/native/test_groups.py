@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from horizon_plugin_pytorch.backends.cpu import library
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
+from horizon_plugin_pytorch.plan.native import tuning
 from plan.native import plans
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="the CPU kernels were not built")
@@ -112,10 +113,12 @@ def check(case: Case) -> None:
     plan = made.plan(y)
     expected = plans.reference(plan, *inputs)
     for isa in ISAS:
-        for threads in (1, 3):
-            got, in_torch = plans.native(plan, *inputs, isa=isa, threads=threads)
+        blocks = tuning.BLOCKS[library.ISAS[isa]]
+        rows, columns = blocks[case.seed % len(blocks)]
+        for threads, way in ((1, None), (3, None), (2, (0, rows, columns, case.seed // 7 % 2, 0))):
+            got, in_torch = plans.native(plan, *inputs, isa=isa, threads=threads, way=way)
             assert in_torch == []
-            assert plans.differing(expected, got) == 0, f"{library.ISAS[isa]}, {threads} threads"
+            assert plans.differing(expected, got) == 0, f"{library.ISAS[isa]}, {threads} threads, {way}"
 
 
 @settings(max_examples=150)
@@ -140,6 +143,9 @@ KNOWN = {
     "stem": (conv(2, 7, 2, 3), (2, 3, 38, 45), 64),
     "stem 3x3": (conv(2, 3, 2, 1), (1, 3, 33, 40), 32),
     "3x3": (conv(2, 3, 1, 1), (2, 64, 14, 14), 64),
+    "3x3, odd": (conv(2, 3, 1, 1), (2, 24, 13, 17), 40),
+    "3x3, one pixel": (conv(2, 3, 1, 1), (1, 17, 1, 1), 5),
+    "3x3, one row": (conv(2, 3, 1, 0), (3, 40, 3, 9), 16),
     "3x3 stride 2": (conv(2, 3, 2, 1), (1, 72, 28, 28), 130),
     "1x1 stride 2": (conv(2, 1, 2), (2, 256, 14, 14), 100),
     "7x7 map": (conv(2, 3, 1, 1), (1, 160, 7, 7), 512),
@@ -170,3 +176,22 @@ def test_known_layers(name: str, residual: str | None) -> None:
         ("int8", None, "relu6"),
     ):
         check(Case(geometry, shape, channels, in_dtype, out_dtype, activation, residual, 1.0, False, 0))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+@pytest.mark.parametrize("channels", [1840, 1844])
+def test_largest_sums(channels: int, dtype: str) -> None:
+    """Nine times 1842 products of 255 and 127 are the most that fit in int32 when they come out four times as large."""
+    least, most = plans.RANGES[dtype]
+    shape = (1, channels, 3, 4)
+    made = plans.Maker(x=shape)
+    weight = torch.full((3, channels, 3, 3), 127, dtype=torch.int8)
+    weight[1] = -127
+    weight[2] = torch.where(torch.rand(channels, 3, 3) < 0.5, 127, -127)
+    plan = made.plan(made.group(made.quantize(0, dtype), conv(2, 3, 1, 1), weight, dtype=None))
+    for x in (torch.full(shape, most - 1.0), torch.full(shape, float(least)), plans.integers(shape, dtype)):
+        expected = plans.reference(plan, x)
+        for isa in ISAS:
+            for rows, columns in tuning.BLOCKS[library.ISAS[isa]]:
+                got, _ = plans.native(plan, x, isa=isa, way=(0, rows, columns, 0, 0))
+                assert plans.differing(expected, got) == 0, f"{library.ISAS[isa]}, {rows} rows, {columns} columns"

@@ -303,7 +303,7 @@ def test_isa_is_capped_by_the_environment() -> None:
 
 
 def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
-    """Sizes and offsets of every field, as the C compiler has them."""
+    """Sizes and offsets of every field, and the numbers, as the C compiler has them."""
     header = Path(horizon.__file__).parents[2] / "csrc" / "horizon_cpu.h"
     compiler = next(
         (c for c in ("cc", "gcc", "clang") if subprocess.run(["which", c], capture_output=True).returncode == 0), None
@@ -312,6 +312,7 @@ def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
         pytest.skip("needs a C compiler and a checkout")
     structures = {
         "hz_ref": library.Ref, "hz_view": library.View, "hz_epilogue": library.Epilogue, "hz_conv": library.Conv,
+        "hz_plane": library.Plane,
         "hz_depthwise": library.Depthwise, "hz_zero": library.Zero, "hz_elementwise": library.Elementwise, "hz_pool": library.Pool,
         "hz_upsample": library.Upsample, "hz_interpolate": library.Interpolate, "hz_op": library.Op, "hz_band": library.Band,
         "hz_bands": library.Bands, "hz_program": library.Program,
@@ -323,6 +324,9 @@ def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
         for field in structure._fields_:
             lines.append(f'printf("%zu\\n", offsetof({name}, {field[0].rstrip("_")}));')
             expected.append(getattr(structure, field[0]).offset)
+    for name in ("ABI", "SLACK", "CHANNELS", "DIMS", "WINOGRAD", "WORDS"):
+        lines.append(f'printf("%d\\n", HZ_{name});')
+        expected.append(getattr(library, name))
     source = tmp_path / "sizes.c"
     source.write_text(
         f'#include <stddef.h>\n#include <stdio.h>\n#include "{header}"\nint main(void) {{ {"".join(lines)} }}\n'

@@ -44,7 +44,7 @@ def test_every_way_gives_the_same() -> None:
     plan, x = network()
     expected = plans.reference(plan, x)
     for isa in ISAS:
-        blocks = tuning._BLOCKS[library.ISAS[isa]]
+        blocks = tuning.BLOCKS[library.ISAS[isa]]
         for rows, columns in [*blocks, (3, 3), (2, 4), (13, 1)]:
             for by_channels, inside in ((0, 0), (0, 1), (1, 0), (1, 1)):
                 program = plans.program(plan, x, isa=isa)

@@ -22,6 +22,8 @@ STEP = 64
 """Bytes of a step along a convolution's sum."""
 TILE = 16
 """Output channels, or pixels, of a tile."""
+WINOGRAD, WORDS = 32, 33
+"""What `Conv.rows` is for other algorithms on AVX2."""
 DIMS = 6
 
 DTYPES = {"int8": 0, "uint8": 1, "float32": 2}
@@ -55,6 +57,17 @@ class Epilogue(c.Structure):
 
 _IMAGES: list[tuple[str, Any]] = [(name, i64) for name in ("images", "in_image", "out_image", "res_image")]
 _THREE_REFS: list[tuple[str, Any]] = [("in_", Ref), ("out", Ref), ("res", Ref)]
+_ROWS_AND_PIXELS: list[tuple[str, Any]] = [
+    (name, i64) for name in ("in_row", "out_row", "res_row", "in_pixel", "out_pixel", "res_pixel")
+]
+
+
+class Plane(c.Structure):
+    _fields_ = [
+        *_IMAGES,
+        *_ROWS_AND_PIXELS,
+        *((name, i32) for name in ("height", "width", "channels", "kernel")),
+    ]
 
 
 class Conv(c.Structure):
@@ -66,6 +79,7 @@ class Conv(c.Structure):
         ("steps", i32), ("channels", i32),
         ("step", ptr), ("used", ptr), ("block_offset", ptr), ("weights", ptr), ("weight_sum", ptr),
         ("epilogue", Epilogue),
+        ("plane", ptr),
         ("rows", i32), ("columns", i32), ("by_channels", i32), ("pixels_inside", i32),
     ]  # fmt: skip
 
@@ -74,7 +88,7 @@ class Depthwise(c.Structure):
     _fields_ = [
         *_THREE_REFS,
         *_IMAGES,
-        *((name, i64) for name in ("in_row", "out_row", "res_row", "in_pixel", "out_pixel", "res_pixel")),
+        *_ROWS_AND_PIXELS,
         *((name, i32) for name in ("height", "width", "channels")),
         *((name, i32) for name in ("kernel_y", "kernel_x", "stride_y", "stride_x", "dilation_y", "dilation_x")),
         ("weights", ptr), ("weight_sum", ptr),

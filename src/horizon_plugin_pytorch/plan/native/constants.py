@@ -19,7 +19,8 @@ from horizon_plugin_pytorch.plan.native.walks import Walk
 from horizon_plugin_pytorch.plan.program import Plan, Step
 
 _LARGEST_INT32 = 2**31 - 1
-_LARGEST_INPUT = {"int8": 128, "uint8": 255}
+LARGEST_INPUT = {"int8": 128, "uint8": 255}
+"""The largest absolute value of a dtype."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,10 @@ class Constants:
         full = {n: packing.pad_channels(t, channels) for n, t in given.items()}
         bias = self[step.params["bias"].name]
         weight = self[step.params["weight"].name]
-        reach = _LARGEST_INPUT[input_dtype] * 127.0 * (weight.numel() // channels) + bias.double().abs()
+        reach = LARGEST_INPUT[input_dtype] * 127.0 * (weight.numel() // channels) + bias.double().abs()
         reach = reach * full["m"][:channels].double().abs()
         if residual_dtype is not None:
-            reach += _LARGEST_INPUT[residual_dtype] * full["residual_ratio"][:channels].double().abs()
+            reach += LARGEST_INPUT[residual_dtype] * full["residual_ratio"][:channels].double().abs()
         largest = 127 if step.params.get("dtype") == "int8" else 255
         hi = torch.full_like(full["bound"], largest, dtype=torch.uint8)
         if step.params["activation"] == "relu6":

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
-from horizon_plugin_pytorch.backends.cpu import library
+from horizon_plugin_pytorch.backends.cpu import library, packing
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
-from horizon_plugin_pytorch.plan.native.constants import Constants, step_offsets
+from horizon_plugin_pytorch.plan.native.constants import LARGEST_INPUT, Constants, step_offsets
 from horizon_plugin_pytorch.plan.native.layout import View
 from horizon_plugin_pytorch.plan.native.program import Builder
 from horizon_plugin_pytorch.plan.native.walks import Walk
@@ -19,6 +20,8 @@ from horizon_plugin_pytorch.plan.program import PlanError, Step
 _PIXELS_OF_A_TABLE = 256
 # Walking over the zeros between rows, too, costs at most this much.
 _MOST_FLATTENED = 1.15
+# The kernels that Winograd's algorithm is there for.
+_PLANE_KERNELS = ((3, 3), (2, 2))
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,10 @@ def _conv(
         epilogue=_epilogue(builder, constants, step, operands),
     )
     common.in_.offset, common.out.offset, common.res.offset = corner, y_start, r_start
+    if library.ISAS[builder.isa] == "avx2" and _is_plane(weights, walks, x):
+        plane = _plane(walks, operands)
+        builder.kept.append(plane)
+        common.plane = ctypes.addressof(plane)
     domains = [_pixels(walks, x)]
     if library.ISAS[builder.isa] == "amx" and _gains_from_flattening(walks, x):
         domains.append(_flattened(walks, x))
@@ -111,6 +118,34 @@ def _conv(
         ways.append(way)
     refs = [ref for w in ways for ref in ((w.in_, x), (w.out, y), (w.res, residual))]
     builder.add("conv", ways, refs, barrier)
+
+
+def _is_plane(weights: packing.ConvWeights, walks: tuple[Walk, ...], x: View) -> bool:
+    """Whether a convolution has a plane, see hz_plane: its shape, and four times its largest sum in int32."""
+    side_by_side = len(walks) == 2 and all(w.stride == 1 and w.dilation == 1 for w in walks)
+    kernel = tuple(len(w.deltas) for w in walks)
+    if weights.block_offset is not None or not side_by_side or kernel not in _PLANE_KERNELS:
+        return False
+    channels = x.shape[1]
+    largest = LARGEST_INPUT[x.dtype] * 127 * channels * prod(kernel)
+    return 4 * largest < 2**31 and (channels % 4 == 0 or not weights.runs)
+
+
+def _plane(walks: tuple[Walk, ...], operands: Operands) -> library.Plane:
+    x, y, residual = operands.x, operands.y, operands.residual
+    plane = library.Plane(
+        images=x.shape[0],
+        in_image=x.strides[0],
+        out_image=y.strides[0],
+        res_image=0 if residual is None else residual.strides[0],
+        channels=x.shape[1],
+        kernel=len(walks[0].deltas),
+    )
+    (plane.in_row, plane.in_pixel) = x.strides[2:]
+    (plane.out_row, plane.out_pixel) = _along(y, walks)[1]
+    (plane.res_row, plane.res_pixel) = _along(residual, walks)[1]
+    (plane.height, plane.width) = (w.count for w in walks)
+    return plane
 
 
 @dataclass(frozen=True)

@@ -34,16 +34,18 @@ BUDGET = 2.0
 
 _VNNI = ((6, 4), (8, 3), (14, 2), (7, 2), (14, 1))
 # Pixels per block (AMX: tiles of 16, and what is there without tiles) and tiles of 16 channels per block, per instruction set.
-_BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {
+BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {
     "amx": ((1, 4), (2, 2), (4, 1), (1, 3), (1, 2), (2, 1), *_VNNI),
     "avx512_vnni": _VNNI,
-    "avx2": ((0, 0), (1, 0), (2, 0), (3, 0), (4, 0)),
+    "avx2": ((0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (library.WINOGRAD, 0), (library.WORDS, 0)),
     "portable": ((0, 0),),
 }
-
-
+# Runs of a way in a row: the first one finds the caches as another way left them.
+_AT_A_TIME = 2
+# So many input channels make up for the transforms.
+_CHANNELS_FOR_WINOGRAD = 16
+# Groups of four bytes along a sum that leave a tile of AMX, which has room for 16, so empty that dot products may be faster.
 _SHORT = 12
-"""Groups of four bytes along a sum that leave a tile of 16 so empty that dot products may be faster."""
 
 
 def _sum(params: library.Conv) -> int:
@@ -52,10 +54,12 @@ def _sum(params: library.Conv) -> int:
 
 
 def usual(params: library.Conv) -> Way:
-    """Threads share the channels where there are few pixels for many weights; what the kernels take for the rest."""
+    """Threads share the channels where there are few pixels for many weights; Winograd's algorithm where it can be had and its transforms
+    serve many products; what the kernels take for the rest."""
     weights = params.steps * library.STEP * params.channels
     few = params.images * params.tiles < 8 and weights > 2**16
-    return 0, 0, 0, int(few), 0
+    fewer = params.plane and library.Plane.from_address(params.plane).channels >= _CHANNELS_FOR_WINOGRAD
+    return 0, library.WINOGRAD if fewer else 0, 0, int(few), 0
 
 
 def apply(operation: Operation, way: Way) -> None:
@@ -113,7 +117,7 @@ class Tuner:
     def _known(self, key: str, structures: int) -> Way | None:
         """What was measured before, if it is something that the kernels have: a file can hold anything."""
         found = self.cache.get(key, (structures, 64, 64, 2, 2))
-        if found is None or (found[1], found[2]) not in ((0, 0), *_BLOCKS[library.ISAS[self.isa]]):
+        if found is None or (found[1], found[2]) not in ((0, 0), *BLOCKS[library.ISAS[self.isa]]):
             return None
         return found[0], found[1], found[2], found[3], found[4]
 
@@ -122,9 +126,11 @@ class Tuner:
         start, first = usual(operation.ways[0]), operation.ways[0]
         tiles = -(-first.channels // library.TILE)
         widest = 1 if first.block_offset else tiles
-        blocks = [block for block in _BLOCKS[library.ISAS[self.isa]] if block[1] <= widest]
+        blocks = [block for block in BLOCKS[library.ISAS[self.isa]] if block[1] <= widest]
         if library.ISAS[self.isa] == "amx" and _sum(first) > _SHORT:
             blocks = [block for block in blocks if block not in _VNNI]
+        if not first.plane:
+            blocks = [block for block in blocks if block[0] != library.WINOGRAD]
         return [start] + [(which, *block, *start[3:]) for which in range(len(operation.ways)) for block in blocks]
 
     def _splits(self, way: Way) -> list[Way]:
@@ -136,25 +142,25 @@ class Tuner:
     def _measure(self, operation: Operation, pointers: Any) -> Way:
         times: dict[Way, float] = {}
 
-        def fastest(ways: list[Way], count: int, repeats: int) -> list[Way]:
-            for way in ways:
-                times[way] = min(times.get(way, math.inf), self._seconds(operation, way, pointers, repeats))
+        def fastest(ways: list[Way], count: int, turns: int) -> list[Way]:
+            for way in ways * turns:  # in turns, so that what else the machine does meets them all alike
+                times[way] = min(times.get(way, math.inf), self._seconds(operation, way, pointers))
             return sorted(dict.fromkeys(ways), key=times.__getitem__)[:count]
 
-        blocks = fastest(self._blocks(operation), 2, 2)
+        blocks = fastest(self._blocks(operation), 2, 1)
         ways = fastest([way for block in blocks for way in self._splits(block)], 2, 2)
-        return fastest(ways, 1, 5)[0]
+        return fastest(ways, 1, 3)[0]
 
-    def _seconds(self, operation: Operation, way: Way, pointers: Any, repeats: int) -> float:
+    def _seconds(self, operation: Operation, way: Way, pointers: Any) -> float:
         apply(operation, way)
-        return _time(operation.kind, operation.params, pointers, self.threads, self.isa, repeats)
+        return _time(operation.kind, operation.params, pointers, self.threads, self.isa, _AT_A_TIME)
 
     def _key(self, operation: Operation) -> str:
         p = operation.ways[0]
         pitch = np.ctypeslib.as_array(ctypes.cast(p.pitch, ctypes.POINTER(ctypes.c_int32)), (p.tiles,))
         what = (
             p.images, p.pixels, int(pitch.max()), int((pitch == 0).sum()), p.in_image, p.out_image, p.channels, p.steps, _sum(p),
-            bool(p.block_offset), p.in_.dtype, p.out.dtype, p.res.dtype if p.res.slot >= 0 else -1, p.epilogue.activation, len(operation.ways),
+            bool(p.block_offset), bool(p.plane), p.in_.dtype, p.out.dtype, p.res.dtype if p.res.slot >= 0 else -1, p.epilogue.activation, len(operation.ways),
         )  # fmt: skip
         return f"{library.ISAS[self.isa]} {self.threads} " + " ".join(str(int(w)) for w in what)
 
