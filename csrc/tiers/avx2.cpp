@@ -4,7 +4,7 @@
 // signs never do). So the groups of four weights along the sum are sorted, once per call and tile of 16 channels: a group without such
 // a pair in any channel takes vpmaddubsw, vpmaddwd and vpaddd for 32 products; one that has none when its bytes are paired otherwise
 // takes a vpshufb of the input more; the rest is multiplied in 16 bits, even and odd bytes apart, with two vpmaddwd and two vpaddd
-// for 32 products. s8 inputs are shifted by 128.
+// for 32 products. s8 inputs are shifted by 128. Two other ways, where they are faster: avx2_words.hpp, avx2_winograd.hpp.
 #include <immintrin.h>
 
 #include <algorithm>
