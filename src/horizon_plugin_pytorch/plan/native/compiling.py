@@ -25,8 +25,9 @@ _DEPTHS = (0, *bands.SIZES)
 _SPLITTING, _DEEPENING = 0.5, 0.8
 """Shares of the time after which these choices find the kernels that have not been measured as they usually are."""
 _MOST_RUNS, _LEAST_SECONDS = 8, 0.3
-_WORTH = 1.04
-"""Depth first is taken where it is slower by less: it needs less memory, and suffers less from what runs beside it."""
+_WORTH = {"amx": 1.04, "avx512_vnni": 1.04}
+"""Depth first is taken where it is slower by less: it needs less memory, and suffers less from what runs beside it. Slower kernels do not
+wait for memory."""
 _CACHES = 48 << 20
 """Bytes that push everything else out of the caches."""
 
@@ -98,7 +99,9 @@ def _depths(build: Callable[[Depth], NativeProgram], inputs: Sequence[Tensor], t
             if turn and time.monotonic() > until:
                 break
 
+    worth = _WORTH.get(library.ISAS[flat.isa], 1)
+
     def seconds(chain: bands.Chain, n: int) -> float:
-        return sum(run[i] for run in best[n] for i in chain.steps) * (_WORTH if n == 0 else 1)
+        return sum(run[i] for run in best[n] for i in chain.steps) * (worth if n == 0 else 1)
 
     return [min(range(len(programs)), key=lambda n: seconds(c, n)) if c in large else 0 for c in chains]
