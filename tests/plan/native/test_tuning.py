@@ -13,12 +13,12 @@ from torch import Tensor
 from horizon_plugin_pytorch.backends.cpu import library
 from horizon_plugin_pytorch.nn.quantized.group import Geometry
 from horizon_plugin_pytorch.plan import Plan
-from horizon_plugin_pytorch.plan.native import batches, tuning
+from horizon_plugin_pytorch.plan.native import bands, batches, tuning
 from horizon_plugin_pytorch.plan.native.batches import Split
 from horizon_plugin_pytorch.plan.native.compiling import compile_for
 from horizon_plugin_pytorch.plan.native.constants import Constants
 from horizon_plugin_pytorch.plan.native.execution import NativeProgram
-from horizon_plugin_pytorch.plan.program import PlanError, Step
+from horizon_plugin_pytorch.plan.program import PlanError, Ref, Step
 from plan.native import plans
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="the CPU kernels were not built")
@@ -205,3 +205,23 @@ def test_what_mixes_images_is_not_cut() -> None:
     program = compile_for(plan, Constants(plan), (data,), 0, 1, tuning.Cache(Path("/nonexistent/ways.json")))
     assert program.iterations == 1
     assert plans.differing(plans.reference(plan, data), program((data,), 1)) == 0
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_what_runs_on_the_caller_s_data_alone_is_not_measured(tmp_path: Path, batch: int) -> None:
+    """A step that random data would not pass, and inputs that are not of one batch."""
+    shape = (batch, 16, 40, 120)
+    made = plans.Maker(x=shape, index=(7,))
+    conv = Geometry(2, False, (3, 3), (1, 1), (1, 1), (1, 1), (0, 0))
+    weights = [torch.randint(-127, 128, (16, 16, 3, 3), dtype=torch.int8) for _ in range(3)]
+    y = made.quantize(0, "int8")
+    for weight in weights:
+        y = made.group(y, conv, weight, dtype="int8", scale=torch.tensor(0.05))
+    places = made.function("method.long", made.function("torch.mul", Ref(1), 1024))
+    picked = made.function("torch.index_select", Ref(1), 0, places)
+    plan = made.plan((y, picked))
+    inputs = (plans.integers(shape, "int8"), torch.arange(7.0) / 1024)
+    program = compile_for(plan, Constants(plan), inputs, library.best_isa(), 2, tuning.Cache(tmp_path / "ways.json"))
+    assert program.chains == 0
+    assert program.lowered.chains[0].bytes > bands.SIZES[0]
+    assert plans.differing(plans.reference(plan, *inputs), program(inputs, 2)) == 0

@@ -124,21 +124,18 @@ def splits(images: int, threads: int) -> list[Split]:
 
 
 def choose(candidates: Sequence[Split], seconds: Callable[[Split], float], until: float) -> Split:
-    """The split that takes the fewest `seconds`; no new one is tried after `until`."""
+    """The split that takes the fewest `seconds`, or the last if none can be measured; no new one is tried after `until`."""
     best: tuple[float, Split] | None = None
     for split in candidates:
         if best is not None and time.monotonic() > until:
             break
         try:
             taken = seconds(split)
-        except PlanError:
-            if split is candidates[-1]:
-                raise
-            continue  # a size that the model has as a constant
+        except PlanError:  # a size that the model has as a constant, a step in PyTorch that does not take any data
+            continue
         if best is None or taken < best[0]:
             best = taken, split
-    assert best is not None
-    return best[1]
+    return candidates[-1] if best is None else best[1]
 
 
 def random_like(inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -19,7 +19,7 @@ from horizon_plugin_pytorch.plan.native.execution import NativeProgram
 from horizon_plugin_pytorch.plan.native.lowering import Depth
 from horizon_plugin_pytorch.plan.native.shapes import infer
 from horizon_plugin_pytorch.plan.native.tuning import Tuner
-from horizon_plugin_pytorch.plan.program import Plan
+from horizon_plugin_pytorch.plan.program import Plan, PlanError
 
 _DEPTHS = (0, *bands.SIZES)
 _SPLITTING, _DEEPENING = 0.5, 0.8
@@ -40,11 +40,13 @@ def compile_for(
     key = batches.key(plan, library.ISAS[isa], threads, inputs)
     images = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
 
+    def first(some: int) -> Sequence[Tensor]:
+        return inputs if some == images else [x[:some] for x in inputs]
+
     def build(split: Split, share: float, some: int = images, depth: Depth = ()) -> NativeProgram:
         """For the first images; kernels are measured as long as less than this share of the time is spent."""
         tuner = Tuner(isa, 1 if split.apart else threads, cache, start + share * tuning.BUDGET)
-        part = inputs if some == images else [x[:some] for x in inputs]
-        return NativeProgram(plan, constants, part, isa, tuner, split, threads, depth)
+        return NativeProgram(plan, constants, first(some), isa, tuner, split, threads, depth)
 
     candidates = batches.splits(images, threads)
     if len(candidates) > 1 and not batches.separable(
@@ -58,7 +60,7 @@ def compile_for(
         def seconds(split: Split) -> float:
             some = min(images, split.images * (threads if split.apart else 1))
             share = _SPLITTING * (candidates.index(split) + 1) / len(candidates)
-            return batches.seconds(build(split, share, some), [x[:some] for x in inputs], threads) * images / some
+            return batches.seconds(build(split, share, some), first(some), threads) * images / some
 
         split = batches.choose(candidates, seconds, start + tuning.BUDGET)
         cache.put(f"batch {key}", (split.images, int(split.apart)))
@@ -66,9 +68,9 @@ def compile_for(
     key = f"depth {split.images} {int(split.apart)} {key}"
     depth = cache.get(key, len(_DEPTHS))
     if depth is None:
-        part = [x[: split.images] for x in inputs]
+        threads_of_part = 1 if split.apart else threads
         depth = _depths(
-            lambda depth: build(split, _DEEPENING, split.images, depth), part, 1 if split.apart else threads
+            lambda depth: build(split, _DEEPENING, split.images, depth), first(split.images), threads_of_part
         )
         cache.put(key, depth)
     program = build(split, 1, depth=[_DEPTHS[n] for n in depth])
@@ -91,13 +93,16 @@ def _depths(build: Callable[[Depth], NativeProgram], inputs: Sequence[Tensor], t
     best = [[[float("inf")] * steps for _ in ("cold", "warm")] for _ in programs]
     data, other = batches.random_like(inputs), torch.empty(_CACHES, dtype=torch.uint8)
     until = time.monotonic() + _LEAST_SECONDS
-    with torch.no_grad():
-        for turn in range(_MOST_RUNS):
-            for program, runs in zip(programs, best, strict=True):
-                tuning.work_elsewhere(other, threads)
-                runs[:] = [list(map(min, seconds, program.profile(data, threads))) for seconds in runs]
-            if turn and time.monotonic() > until:
-                break
+    try:
+        with torch.no_grad():
+            for turn in range(_MOST_RUNS):
+                for program, runs in zip(programs, best, strict=True):
+                    tuning.work_elsewhere(other, threads)
+                    runs[:] = [list(map(min, seconds, program.profile(data, threads))) for seconds in runs]
+                if turn and time.monotonic() > until:
+                    break
+    except PlanError:  # a step in PyTorch that does not take any data: nothing can be measured
+        return [0] * len(chains)
 
     worth = _WORTH.get(library.ISAS[flat.isa], 1)
 
