@@ -60,7 +60,8 @@ def compile_for(
         def seconds(split: Split) -> float:
             some = min(images, split.images * (threads if split.apart else 1))
             share = _SPLITTING * (candidates.index(split) + 1) / len(candidates)
-            return batches.seconds(build(split, share, some), first(some), threads) * images / some
+            rounds = -(-images // some)  # in the last one some threads may have nothing to do
+            return batches.seconds(build(split, share, some), first(some), threads) * rounds
 
         split = batches.choose(candidates, seconds, start + tuning.BUDGET)
         cache.put(f"batch {key}", (split.images, int(split.apart)))
