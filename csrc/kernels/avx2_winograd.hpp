@@ -183,13 +183,9 @@ template <int KERNEL> struct Winograd {
 
   static void run(const hz_conv &c, Slots slots, Part part) {
     const hz_plane &plane = *c.plane;
-    int64_t tile0 = 0, tile1 = (c.channels + 15) / 16;
-    int64_t first = 0, last = plane.images * ((plane.height + 1) / 2) * ((plane.width + 1) / 2);
-    if (c.by_channels)
-      part.range(tile1, tile0, tile1);
-    else
-      part.range(last, first, last);
-    if (tile0 >= tile1 || first >= last) return;
+    const Share share(c, plane.images * ((plane.height + 1) / 2) * ((plane.width + 1) / 2), part);
+    if (share.empty()) return;
+    const auto [tile0, tile1, first, last] = share;
 
     // The weights of as many tiles, and the inputs of as many patches, as find room in the second-level cache; the products of patches
     // by a tile in the first-level one.

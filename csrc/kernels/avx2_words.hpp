@@ -85,12 +85,9 @@ inline void widen_weights(const hz_conv &c, int64_t tile, int16_t *to) {
 }
 
 inline void conv_in_words(const hz_conv &c, Slots slots, Part part) {
-  int64_t tile0 = 0, tile1 = (c.channels + 15) / 16, first = 0, last = c.images * c.pixels;
-  if (c.by_channels)
-    part.range(tile1, tile0, tile1);
-  else
-    part.range(last, first, last);
-  if (tile0 >= tile1 || first >= last) return;
+  const Share share(c, c.images * c.pixels, part);
+  if (share.empty()) return;
+  const auto [tile0, tile1, first, last] = share;
 
   int64_t groups = 0;
   for (int k = 0; k < c.steps; ++k) groups += c.used[k];

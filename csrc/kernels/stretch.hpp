@@ -1,10 +1,22 @@
-// A stretch of a convolution's output pixels, with their inputs and residuals.
+// A thread's share of a convolution, and stretches of its output pixels, with their inputs and residuals.
 #pragma once
 
 #include "../tier.hpp"
 
 namespace horizon {
 namespace {
+
+// Tiles of 16 channels, and units of the output: a thread has a range of the one or the other.
+struct Share {
+  int64_t tile0 = 0, tile1, first = 0, last;
+  Share(const hz_conv &c, int64_t units, Part part) : tile1((c.channels + 15) / 16), last(units) {
+    if (c.by_channels)
+      part.range(tile1, tile0, tile1);
+    else
+      part.range(last, first, last);
+  }
+  bool empty() const { return tile0 >= tile1 || first >= last; }
+};
 
 // Blocks of at most so many pixels, all but the last of one size: calls each(first pixel, pixels of a block, blocks) for either.
 template <class Each> void in_blocks(int count, int most, const Each &each) {

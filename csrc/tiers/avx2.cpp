@@ -170,12 +170,9 @@ const Blocks blocks_of[most_pixels + 1] = {nullptr,
 void conv(const hz_conv &c, Slots slots, Part part) {
   if (c.rows == HZ_WINOGRAD && c.plane) return winograd(c, slots, part);
   if (c.rows == HZ_WORDS && !c.block_offset) return conv_in_words(c, slots, part);
-  int64_t tile0 = 0, tile1 = (c.channels + 15) / 16, first = 0, last = c.images * c.pixels;
-  if (c.by_channels)
-    part.range(tile1, tile0, tile1);
-  else
-    part.range(last, first, last);
-  if (tile0 >= tile1 || first >= last) return;
+  const Share share(c, c.images * c.pixels, part);
+  if (share.empty()) return;
+  const auto [tile0, tile1, first, last] = share;
 
   int64_t groups = 0;
   for (int k = 0; k < c.steps; ++k) groups += c.used[k];

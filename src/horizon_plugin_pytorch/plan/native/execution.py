@@ -190,10 +190,13 @@ class NativeProgram:
         done = 0  # operations
         for segment in state.segments:
             if isinstance(segment, library.Program):
-                taken = None if seconds is None else (ctypes.c_double * segment.count)()
+                if seconds is None:
+                    self._native(segment, pointers, threads, state, None)
+                    continue
+                taken = (ctypes.c_double * segment.count)()
                 self._native(segment, pointers, threads, state, taken)
-                for operation, each in zip(self.lowered.builder.operations[done:], taken or (), strict=False):
-                    seconds[operation.step] += each  # type: ignore[index]
+                for operation, each in zip(self.lowered.builder.operations[done:], taken, strict=False):
+                    seconds[operation.step] += each
                 done += segment.count
             else:
                 start = time.perf_counter()
