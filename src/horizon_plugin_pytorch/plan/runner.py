@@ -81,7 +81,7 @@ class Runner:
             threads = self.threads or torch.get_num_threads()
             program = self._native.of_last_call(inputs, threads)
             if program is not None:
-                return program(inputs, threads)
+                return program([x.detach() for x in inputs], threads)
         values = self._bind(inputs, named)
         devices = {v.device for v in values}
         if len(devices) > 1:
