@@ -41,7 +41,7 @@ def test_every_step_has_its_time(plan: Plan, backend: str, batch: int) -> None:
     runner = plan.compile(backend, threads=1)
     x = torch.randn(batch, 3, 48, 48)
     start = time.perf_counter()
-    steps = profile(runner, x, repeats=3)
+    steps = profile(runner, x, repeats=9)  # a median that other work on the machine does not move
     wall = time.perf_counter() - start
     assert [s.step for s in steps] == list(plan.steps)
     assert [s.result for s in steps] == [plan.result(i) for i in range(len(steps))]
