@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from horizon_plugin_pytorch.plan.program import Step, Value
-from horizon_plugin_pytorch.plan.runner import Runner, _plain_layout
+from horizon_plugin_pytorch.plan.runner import Runner, _plain_layout, _threads
 from horizon_plugin_pytorch.plan.steps import run_step
 
 
@@ -45,7 +45,8 @@ def profile(runner: Runner, *inputs: Tensor, repeats: int = 10) -> list[StepTime
     runner(*inputs)  # what is made once is made now
     inputs = tuple(map(_plain_layout, inputs))
     native = runner.native_for(inputs[0].device) if inputs else None
-    runs = [_reference(runner, inputs) if native is None else _native(runner, inputs) for _ in range(repeats)]
+    with _threads(runner.threads):  # as a call has it
+        runs = [_reference(runner, inputs) if native is None else _native(runner, inputs) for _ in range(repeats)]
     plan = runner.plan
     return [
         StepTime(step, plan.result(i), median(seconds[i] for seconds, _ in runs), i in runs[0][1])
